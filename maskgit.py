@@ -1,0 +1,925 @@
+"""MaskGIT in one file: fill in the hidden part of an image with a bidirectional transformer.
+
+An image is a set of discrete tokens at known coordinates. Some of them are hidden. The transformer
+sees all the others at once and gives, for each hidden one, a distribution over the codes; `decode`
+commits a few hidden tokens per step until none is left. Read from top to bottom:
+
+    Positions     position_encoding, grid_coords
+    Transformer   Attention, Block, MaskGIT
+    Masking       SCHEDULES, random_mask, masked_cross_entropy
+    Decoding      decode
+    Running       pick_device, seed_everything, train, save_checkpoint, load_checkpoint
+    Pictures      image_grid, line_plot, save_gif
+
+Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are bool with True =
+hidden, coordinates are (x, y). Sources: "paper" is Chang et al., MaskGIT, CVPR 2022; S1 and S2 are the
+two blog posts on squares and rectangles; R1 and R2 the two course reports on photographs.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# ---------------------------------------------------------------------------------------------------
+# Positions
+
+
+def grid_coords(height, width):
+    """(x, y) of every cell of a grid, row by row: float32, (height * width, 2)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y], dim=-1).reshape(-1, 2).float()
+
+
+def position_encoding(coords, dim, layout="split"):
+    """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32.
+
+    The first half of the dimensions encodes x, the second half y; even dimensions are sines, odd
+    ones cosines.
+
+    layout="split": each axis gets the full range of frequencies, 1 to 1/10000 rad per unit, as if
+        it had an encoding of `dim / 2` dimensions to itself. `dim` must be divisible by 4.
+    layout="printed": S1's formula as typed. The frequency of dimension i is 10000^(-i / dim) on
+        both axes, so y only has those below 0.01 rad per unit: its rows look nearly alike.
+    """
+    if dim % 4:
+        raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
+    if layout == "split":
+        exponent = torch.arange(0, dim // 2, 2).repeat_interleave(2).repeat(2) / (dim / 2)
+    elif layout == "printed":
+        exponent = torch.arange(dim) / dim
+    else:
+        raise ValueError(f"unknown position layout {layout!r}; choose split or printed")
+    frequency = (10000.0**-exponent).to(coords.device)  # (dim,)
+    values = coords.float().repeat_interleave(dim // 2, dim=-1)  # (..., dim): x ... x, y ... y
+    angles = values * frequency
+    even = torch.arange(dim, device=coords.device) % 2 == 0
+    return torch.where(even, angles.sin(), angles.cos())
+
+
+# ---------------------------------------------------------------------------------------------------
+# Transformer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a causal mask: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        b, t, d = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        x = F.scaled_dot_product_attention(query, key, value)
+        return self.out(x.transpose(1, 2).reshape(b, t, d))
+
+
+class Block(nn.Module):
+    """One transformer layer: (B, T, D) -> (B, T, D).
+
+    norm="post" is S1's: x = LN1(x + drop(MHA(x))), x = LN2(x + MLP(x)).
+    norm="pre" normalises what enters each branch, so the sum of the branches stays untouched.
+    """
+
+    def __init__(self, dim, heads, hidden, dropout, norm):
+        super().__init__()
+        self.norm = norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.dropout = nn.Dropout(dropout)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
+
+    def forward(self, x):
+        if self.norm == "post":
+            x = self.norm1(x + self.dropout(self.attention(x)))
+            return self.norm2(x + self.mlp(x))
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.mlp(self.norm2(x))
+
+
+class MaskGIT(nn.Module):
+    """The bidirectional transformer: tokens (B, T) at coords (T, 2) or (B, T, 2) -> logits (B, T, codes).
+
+    Tokens are 0 .. codes-1, or `mask_id` (== codes) where hidden; [MASK] never gets a logit.
+
+    norm      "pre" or "post", see Block.
+    head      what turns the last state, after a small MLP, into logits (E is the embedding table):
+              "tied"    dot product with each code's row of E, plus a bias per code (paper);
+              "cosine"  cosine similarity with each code's row of E (S1). At most 1, so with K codes
+                        the cross-entropy cannot fall below log(1 + (K-1) e^-2), see cosine_floor;
+              "linear"  a linear layer (S1's alternative, "predict the one-hot code").
+    learn_temperature  cosine head only: multiply the similarities by a learned scale, which lifts
+              that floor.
+    positions the layout of position_encoding.
+    """
+
+    def __init__(
+        self,
+        codes,
+        dim,
+        heads,
+        layers,
+        hidden=None,
+        dropout=0.1,
+        norm="pre",
+        head="tied",
+        positions="split",
+        learn_temperature=False,
+    ):
+        super().__init__()
+        hidden = hidden or 4 * dim
+        for name, value, choices in (
+            ("norm", norm, ("pre", "post")),
+            ("head", head, ("tied", "cosine", "linear")),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose {' or '.join(choices)}")
+        if learn_temperature and head != "cosine":
+            raise ValueError(f"learn_temperature belongs to the cosine head, not to {head!r}")
+        self.config = dict(codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout)
+        self.config |= dict(norm=norm, head=head, positions=positions, learn_temperature=learn_temperature)
+        self.mask_id = codes
+        self.head = head
+        self.positions = positions
+
+        self.embedding = nn.Embedding(codes + 1, dim)
+        # Rows of length about 1 keep the tied head's first logits small; forward() scales them up again to
+        # the size of the position encoding (Vaswani et al. 2017, 3.4).
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, norm) for _ in range(layers))
+        self.last_norm = nn.LayerNorm(dim) if norm == "pre" else nn.Identity()
+        self.to_logits = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, codes if head == "linear" else dim)
+        )
+        if head == "tied":
+            self.bias = nn.Parameter(torch.zeros(codes))
+        if learn_temperature:
+            self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, tokens, coords):
+        dim = self.embedding.embedding_dim
+        x = self.embedding(tokens) * math.sqrt(dim) + position_encoding(coords, dim, self.positions)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x)
+        x = self.to_logits(self.last_norm(x))
+        if self.head == "linear":
+            return x
+        codebook = self.embedding.weight[: self.mask_id]  # (K, D)
+        if self.head == "tied":
+            return F.linear(x, codebook, self.bias)
+        similarity = F.linear(F.normalize(x, dim=-1), F.normalize(codebook, dim=-1))
+        return similarity * self.log_scale.exp() if self.config["learn_temperature"] else similarity
+
+
+def cosine_floor(codes):
+    """The lowest cross-entropy, in nats, of a softmax over `codes` cosine similarities: the right code
+    at 1 and every other at -1. Two vectors can be opposite; more cannot all be, so with more codes even
+    this is out of reach."""
+    return math.log1p((codes - 1) * math.exp(-2))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Masking
+
+# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1,
+# gamma(1) = 0. Takes and returns floats or numpy arrays. The paper compares cosine, linear, square, sqrt,
+# cubic and exp; R1 and R2 use the first three.
+SCHEDULES = {
+    "cosine": lambda r: np.cos(r * (math.pi / 2)),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+    "cubic": lambda r: 1 - r**3,
+    "sqrt": lambda r: 1 - r**0.5,
+    "arccos": lambda r: np.arccos(r) * (2 / math.pi),
+    "log": lambda r: 1 - np.log2(1 + r),
+    "exp": lambda r: (math.e - np.exp(r)) / (math.e - 1),
+}
+
+
+def schedule_function(name):
+    """SCHEDULES[name], or a ValueError that lists the names."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]
+
+
+def random_mask(shape, ratio, generator=None):
+    """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool (B, T).
+
+    shape is (B, T); ratio is a float, or one per row, in [0, 1].
+    """
+    rows, tokens = shape
+    ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
+    if not bool(((ratio >= 0) & (ratio <= 1)).all()):
+        raise ValueError("random_mask needs ratios between 0 and 1")
+    count = (ratio * tokens).ceil().clamp(min=1)
+    device = generator.device if generator is not None else "cpu"
+    rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None].to(device)
+
+
+def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, every_position=False, count=None):
+    """Cross-entropy in nats, averaged over the hidden tokens: a scalar.
+
+    logits (B, T, K), targets (B, T), mask (B, T). every_position=True averages over all tokens, as R1
+    and R2 do (paper: hidden ones only). count replaces the number of tokens to divide by, so that
+    the parts of a larger batch add up to its mean.
+    """
+    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
+    if every_position:
+        mask = torch.ones_like(mask)
+    count = mask.sum() if count is None else count
+    return (loss * mask).sum() / count
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding
+
+
+@torch.no_grad()
+def decode(
+    model,
+    tokens,
+    mask,
+    coords,
+    *,
+    steps=12,
+    schedule="cosine",
+    order="confidence",
+    sample="categorical",
+    temperature=1.0,
+    choice_temperature=4.5,
+    confidence="probability",
+    certain=0.05,
+    stop_after=None,
+    generator=None,
+    trace=None,
+):
+    """Fill in the hidden tokens, several per step, each step seeing all that is committed so far.
+
+    model       MaskGIT, or any callable (tokens (b, T), coords) -> logits (b, T, K) with a `mask_id`.
+    tokens      (B, T) int64; what stands where mask is True is ignored.
+    mask        (B, T) bool, True = hidden. All True generates from nothing.
+    coords      (T, 2), or (B, T, 2).
+    steps       T: the number of network calls, or the most of them for order="entropy".
+    schedule    a name of SCHEDULES: how many tokens are still hidden after each step.
+    order       which hidden tokens a step commits:
+                "entropy"     every token whose entropy is below `certain` nats and, of the rest, the most
+                              uncertain; more of the uncertain ones only when the schedule asks for it;
+                "confidence"  those whose drawn value is the most probable, plus `choice_temperature` times
+                              Gumbel noise that fades with the steps (paper, R1, R2);
+                "random"      any;
+                "halton"      spread evenly over the image by a Halton sequence.
+    sample      how a value is drawn: "categorical" (R2), or "argmax" (R1).
+    temperature divides the logits.
+    confidence  "probability" (R1, R2), or "log_probability" (the paper's code).
+    stop_after  commit all that is left after this many steps (the reports' sweet spot).
+    generator   a torch.Generator on the tokens' device; the same one gives the same tokens.
+    trace       a list; each step appends (tokens, mask) as they stand after it, (B, T) both.
+
+    Returns tokens (B, T). Given tokens come back unchanged, a committed token never changes, and after
+    step t image i has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i
+    is its own number at the start (with order="entropy" at most that); none after the last step.
+    """
+    check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after)
+    gamma = schedule_function(schedule)
+    tokens, hidden = tokens.masked_fill(mask, model.mask_id), mask.clone()
+    start = hidden.sum(dim=1)  # (B,)
+    halton = halton_priority(coords.expand(*tokens.shape, 2)) if order == "halton" else None
+    last_step = min(steps, stop_after or steps)
+
+    with evaluation_mode(model):
+        for step in range(1, last_step + 1):
+            rows = hidden.any(dim=1).nonzero()[:, 0]  # images that are not finished yet: b of B
+            if len(rows) == 0:
+                break
+            row_hidden, row_coords = hidden[rows], coords if coords.ndim == 2 else coords[rows]
+            log_probs = (model(tokens[rows], row_coords).float() / temperature).log_softmax(dim=-1)  # (b, T, K)
+            if sample == "argmax":
+                values = log_probs.argmax(dim=-1)  # (b, T)
+            else:
+                values = (log_probs + gumbel_like(log_probs, generator)).argmax(dim=-1)
+
+            left = torch.floor(gamma(step / steps) * start[rows].double()).long()
+            left = left.minimum(row_hidden.sum(dim=1) - 1)
+            if order == "entropy":
+                priority = -(log_probs.exp() * log_probs).sum(dim=-1)
+                is_certain = priority < certain
+                left = left.minimum((row_hidden & ~is_certain).sum(dim=1) - 1)
+                values = torch.where(is_certain, log_probs.argmax(dim=-1), values)
+                priority = priority.masked_fill(is_certain, math.inf)
+            elif order == "confidence":
+                priority = log_probs.gather(-1, values[..., None])[..., 0]
+                priority = priority.exp() if confidence == "probability" else priority
+                noise = choice_temperature * (1 - step / steps)
+                priority = priority + noise * gumbel_like(priority, generator)
+            elif order == "halton":
+                priority = halton[rows]
+            else:
+                priority = torch.rand(row_hidden.shape, generator=generator, device=tokens.device)
+            if step == last_step:
+                left = torch.zeros_like(left)
+
+            # Of the hidden tokens of each image, the `left` ones of lowest priority stay hidden.
+            rank = priority.masked_fill(~row_hidden, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+            stays = row_hidden & (rank < left.clamp(min=0)[:, None])
+            tokens[rows] = torch.where(row_hidden & ~stays, values, tokens[rows])
+            hidden[rows] = stays
+            if trace is not None:
+                trace.append((tokens.clone(), hidden.clone()))
+    return tokens
+
+
+def check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after):
+    choices = (
+        ("order", order, ("confidence", "random", "halton", "entropy")),
+        ("sample", sample, ("categorical", "argmax")),
+        ("confidence", confidence, ("probability", "log_probability")),
+    )
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ValueError(f"unknown {name} {value!r}; choose {', '.join(allowed)}")
+    if steps < 1 or (stop_after is not None and stop_after < 1):
+        raise ValueError("decode needs steps and stop_after of at least 1")
+    if temperature <= 0:
+        raise ValueError('decode needs a temperature above 0; for the likeliest value use sample="argmax"')
+    if tokens.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
+    if bool((tokens[~mask] >= model.mask_id).any()):
+        raise ValueError(f"a given token is {model.mask_id} or more, but the codes are 0 .. {model.mask_id - 1}")
+
+
+def gumbel_like(x, generator):
+    """Standard Gumbel noise of x's shape: adding it to log-probabilities and taking the argmax draws from them."""
+    return -torch.empty_like(x).exponential_(generator=generator).log()
+
+
+def halton_priority(coords):
+    """Priorities (B, T) that visit the tokens evenly: the k-th point of the Halton sequence (bases 2 and 3,
+    stretched over the tokens' bounding box) takes the nearest token not yet taken. coords: (B, T, 2)."""
+    low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
+    b, t, _ = coords.shape
+    priority = torch.full((b, t), math.inf, device=coords.device)
+    images = torch.arange(b, device=coords.device)
+    for k in range(t):
+        point = low + (high - low) * coords.new_tensor([radical_inverse(k, 2), radical_inverse(k, 3)])
+        distance = (coords - point).square().sum(dim=-1).masked_fill(priority.isfinite(), math.inf)
+        priority[images, distance.argmin(dim=1)] = float(-k)
+    return priority
+
+
+def radical_inverse(k, base):
+    """The digits of k in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375."""
+    value, unit = 0.0, 1.0
+    while k:
+        unit /= base
+        k, digit = divmod(k, base)
+        value += digit * unit
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def run_as_script(main):
+    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def pick_device(name="auto"):
+    """The torch.device for "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N"."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} asked for, but torch sees no CUDA device; use --device cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device {device} asked for, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def seed_everything(seed):
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def process_rank():
+    """(rank, number of processes) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def evaluation_mode(model):
+    """No dropout inside the block; the model's mode is put back afterwards."""
+    training = getattr(model, "training", False)
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+@contextlib.contextmanager
+def precision_context(device, precision):
+    """Run what is inside in "float32", or in "bf16" by autocast (weights and logits' loss stay float32).
+
+    On a CPU the fused attention kernel is slow to differentiate in bf16: the plain one trains the squares
+    three times as fast, so it is asked for there.
+    """
+    if precision == "float32":
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        if device.type == "cpu":
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the flag rules CPUs as well
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def fast_precision(device):
+    """Return "bf16" where the processor multiplies it natively (CUDA since Ampere, CPUs with AVX512-BF16), else "float32"."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "float32"
+
+
+def make_optimizers(model, optimizer, lr, betas, weight_decay):
+    """[AdamW], or for "muon" [AdamW, Muon] with the matrices of the blocks on Muon.
+
+    Muon (torch.optim) makes each update orthogonal; its rate is scaled to AdamW's size, so both share lr.
+    Only matrices decay.
+    """
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"unknown optimizer {optimizer!r}; choose adamw or muon")
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in taken]
+    groups = [dict(params=others, weight_decay=0.0)]
+    if optimizer == "adamw":
+        groups.append(dict(params=matrices, weight_decay=weight_decay))
+    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+    if optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def learning_rate_factor(step, steps, warmup, decay):
+    """What the learning rate is multiplied by at `step` of `steps`: a linear rise over `warmup` steps, then
+    "constant", or down to 0 as a straight line ("linear") or half a cosine wave ("cosine")."""
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    done = max(0, step - warmup) / max(1, steps - warmup)
+    fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    if decay not in fall:
+        raise ValueError(f"unknown decay {decay!r}; choose {', '.join(fall)}")
+    return rise * fall[decay]
+
+
+def step_seed(seed, step, rank=0):
+    """A seed of its own for each step and process of a run."""
+    return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
+
+
+class TrainingState:
+    """All that a resumed run needs to go on to the very same weights."""
+
+    def __init__(self, model, optimizers, ema):
+        self.model = model
+        self.optimizers = optimizers
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
+        self.step = 0
+        self.seconds = 0.0
+        self.loss_sum = 0.0  # over the steps since the last row of history
+        self.history = []  # the rows of log.csv
+
+    def result(self):
+        """The model to use: the moving average of the weights if there is one."""
+        return self.average.module if self.average else self.model
+
+    def update(self, loss, lr):
+        """Step with the gradients at hand."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.average:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        self.loss_sum = self.loss_sum + loss
+
+    def log_row(self, gradient_norm, validate):
+        """The next row of history: the mean loss since the last one, and how the validated model does."""
+        steps = self.step - (self.history[-1]["step"] if self.history else 0)
+        row = dict(step=self.step, loss=float(self.loss_sum) / steps, seconds=round(self.seconds, 2))
+        row |= dict(lr=self.optimizers[0].param_groups[0]["lr"], gradient_norm=float(gradient_norm))
+        if validate:
+            with torch.no_grad(), evaluation_mode(self.result()):
+                row |= validate(self.result())
+        self.history.append(row)
+        self.loss_sum = 0.0
+        return row
+
+    def require_finite(self, gradient_norm):
+        if not math.isfinite(float(self.loss_sum) + float(gradient_norm)):
+            raise ValueError(f"the loss is no longer finite at step {self.step}; try a lower learning rate")
+
+    def state_dict(self):
+        return {
+            "progress": dict(step=self.step, seconds=self.seconds, loss_sum=self.loss_sum, history=self.history),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state_dict(self, saved):
+        vars(self).update(saved["progress"])
+        self.model.load_state_dict(saved["model"])
+        if self.average:
+            self.average.load_state_dict(saved["average"])
+        for optimizer, optimizer_state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+
+
+class TrainingLog:
+    """Where a run reports: a progress line on stderr, log.csv and, if asked for, TensorBoard."""
+
+    def __init__(self, out, steps, history, tensorboard):
+        self.out, self.steps = out, steps
+        self.started = self.printed = time.monotonic()
+        self.first_step = history[-1]["step"] if history else 0
+        self.board = tensorboard_writer(out) if tensorboard else None
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "log.csv").unlink(missing_ok=True)  # a resumed run rewrites the rows of its checkpoint
+            for row in history:
+                self.write_csv(row)
+
+    def write(self, row):
+        if self.out:
+            self.write_csv(row)
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["step"])
+        self.print_progress(row)
+
+    def write_csv(self, row):
+        with open(self.out / "log.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def print_progress(self, row):
+        """On a terminal the line rewrites itself; elsewhere there is one every 10 seconds."""
+        now, terminal, last = time.monotonic(), sys.stderr.isatty(), row["step"] == self.steps
+        if terminal or last or now - self.printed > 10:
+            self.printed = now
+            speed = (row["step"] - self.first_step) / (now - self.started)
+            minutes, seconds = divmod(round((self.steps - row["step"]) / speed), 60)
+            line = f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {speed:.1f} steps/s"
+            end = "\r" if terminal and not last else "\n"
+            print(f"{line}  {minutes}:{seconds:02d} left   ", end=end, file=sys.stderr, flush=True)
+
+
+def tensorboard_writer(out):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("TensorBoard is not installed: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(out)
+
+
+def train(
+    model,
+    batch,
+    *,
+    steps,
+    seed=0,
+    optimizer="adamw",
+    lr=1e-3,
+    betas=(0.9, 0.95),
+    weight_decay=0.01,
+    warmup=100,
+    decay="linear",
+    clip=1.0,
+    accumulate=1,
+    every_position=False,
+    label_smoothing=0.0,
+    ema=0.0,
+    precision="float32",
+    compile=False,
+    out=None,
+    config=None,
+    resume=False,
+    checkpoint_steps=None,
+    checkpoint_minutes=5.0,
+    log_steps=100,
+    validate=None,
+    tensorboard=False,
+):
+    """Train `model`, on the device where it is, to predict the hidden tokens of `batch(step)`.
+
+    batch(step) returns tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch of that
+    step, as a pure function of the step. Started by torchrun, each process takes its share of the rows;
+    accumulate=n works through them in n parts. Either way the gradient is that of the mean over all hidden
+    tokens of the batch, and a resumed run ends with the same weights as one that never stopped.
+
+    lr rises over `warmup` steps and then follows `decay`, see learning_rate_factor; gradients are clipped to
+    norm `clip`; ema > 0 keeps a moving average of the weights, which is what is validated and saved.
+    out is a folder for model.pt, written every checkpoint_steps steps or checkpoint_minutes minutes, and for
+    log.csv, with a row every log_steps steps to which validate(model) -> dict of floats may add columns.
+    resume goes on from out/model.pt; config, plain values that are saved, must not have changed then.
+
+    Returns the rows of log.csv; the model then holds the result. Raises ValueError when the loss is no
+    longer finite; the last checkpoint stays as it was.
+    """
+    device = next(model.parameters()).device
+    rank, world = process_rank()
+    path = Path(out) / "model.pt" if out else None
+    state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema)
+    if resume:
+        state.load_state_dict(read_training_state(path, config, device))
+    log = TrainingLog(path and path.parent, steps, state.history, tensorboard) if rank == 0 else None
+    network = torch.compile(model) if compile else model
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+    started, saved = time.monotonic() - state.seconds, time.monotonic()
+    model.train()
+    while state.step < steps:
+        torch.manual_seed(step_seed(seed, state.step, rank))  # dropout, too, depends on the step alone
+        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
+        inputs = tokens.masked_fill(mask, model.mask_id)
+        counted = torch.ones_like(mask) if every_position else mask
+        with precision_context(device, precision):
+            loss = backward(network, inputs, coords, tokens, counted, label_smoothing, accumulate)
+        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
+        state.seconds = time.monotonic() - started
+
+        last = state.step == steps
+        logs = last or state.step % log_steps == 0
+        saves = last or time.monotonic() - saved > 60 * checkpoint_minutes
+        saves |= checkpoint_steps is not None and state.step % checkpoint_steps == 0
+        if logs or saves:
+            state.require_finite(gradient_norm)
+        if log and logs:
+            log.write(state.log_row(gradient_norm, validate))
+        if log and path and saves:
+            save_checkpoint(path, state.result(), config=config, step=state.step, training=state.state_dict())
+            saved = time.monotonic()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    model.load_state_dict(state.result().state_dict())
+    model.eval()
+    return state.history
+
+
+def backward(network, inputs, coords, targets, counted, label_smoothing, accumulate):
+    """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
+
+    Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole
+    batch, so the parts add up to its mean however the hidden tokens are spread over them.
+    """
+    rank, world = process_rank()
+    if len(inputs) < world * accumulate:
+        raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
+    count = counted.sum()
+    total = torch.zeros((), device=inputs.device)
+    parts = torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)
+    for i, rows in enumerate(parts):
+        # Processes exchange gradients once, after the last part.
+        exchange = contextlib.nullcontext() if world == 1 or i == accumulate - 1 else network.no_sync()
+        with exchange:
+            logits = network(inputs[rows], coords if coords.ndim == 2 else coords[rows]).float()
+            loss = masked_cross_entropy(logits, targets[rows], counted[rows], label_smoothing, count=count)
+            (loss * world).backward()  # DistributedDataParallel averages over the processes
+        total += loss.detach()
+    if world > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def save_checkpoint(path, model, *, config=None, step=0, training=None):
+    """Write model.pt whole or not at all: to a temporary file beside it, which then takes its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    contents = dict(architecture=model.config, weights=model.state_dict(), config=config, step=step, training=training)
+    with open(partial, "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(path, device):
+    """The contents of a file of save_checkpoint; ValueError if there is none, or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}")
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+        missing = {"architecture", "weights", "config", "step", "training"} - set(contents)
+    except Exception as error:  # torch.load raises half a dozen types on damaged files
+        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of maskgit.py: it lacks {', '.join(sorted(missing))}")
+    return contents
+
+
+def read_training_state(path, config, device):
+    """What TrainingState needs to resume; ValueError if the run was started with another config."""
+    contents = read_checkpoint(path, device)
+    before, now = contents["config"] or {}, config or {}
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"{path} was trained with {name}={before.get(name)}, not {now.get(name)}; resume with the same"
+        )
+    if contents["training"] is None:
+        raise ValueError(f"{path} holds a finished model without training state; it cannot be resumed")
+    return contents["training"]
+
+
+def load_checkpoint(path, device="cpu"):
+    """A trained model and what belongs to it, as a dict:
+
+    model      MaskGIT on `device`, in eval mode
+    tokenizer  None: the tokens are the pixels
+    config     the settings of the run, plain values
+    step       how many steps it was trained
+    """
+    contents = read_checkpoint(path, device)
+    try:
+        model = MaskGIT(**contents["architecture"]).to(device)
+        model.load_state_dict(contents["weights"])
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit this maskgit.py: {str(error).splitlines()[0]}") from None
+    return dict(model=model.eval(), tokenizer=None, config=contents["config"], step=contents["step"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255"]
+
+
+def image_grid(images, columns, *, scale=1, gap=4, titles=()):
+    """Images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns`, each pixel `scale` wide: a PIL image.
+
+    titles: a line of text above each column.
+    """
+    images = np.asarray(images)
+    count, height, width, channels = images.shape
+    pixels = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    if channels == 1:
+        pixels = pixels.repeat(3, axis=-1)
+    cell_width, cell_height, top = width * scale + gap, height * scale + gap, 22 if titles else 0
+    rows = math.ceil(count / columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap + top), PAPER)
+    for i, image in enumerate(pixels):
+        x, y = gap + i % columns * cell_width, gap + top + i // columns * cell_height
+        sheet.paste(Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        x = gap + column * cell_width + width * scale / 2
+        draw.text((x, gap + 8), title, fill=INK, font=ImageFont.load_default(14), anchor="mm")
+    return sheet
+
+
+def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
+    """PIL images as an endlessly repeated GIF that rests on the last one for `pause` seconds."""
+    durations = [1000 * seconds_per_frame] * (len(frames) - 1) + [1000 * pause]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+class Axis:
+    """Maps the range of some values, linearly or by logarithm, to the pixels from `start` to `end`."""
+
+    def __init__(self, values, start, end, log):
+        self.log, self.start, self.end = log, start, end
+        self.low, self.high = min(values), max(values)
+        if self.low == self.high:  # a range of some width, whatever there is to show
+            self.low, self.high = (self.low / 2, self.high * 2) if log else (self.low - 0.5, self.high + 0.5)
+
+    def __call__(self, value):
+        scale = math.log10 if self.log else float
+        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self):
+        """Three to seven round numbers; on a log axis 1, 2 and 5 times the powers of ten, or the powers alone."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            factors = (1,) if len(powers) > 3 else (1, 2, 5)
+            ticks = [factor * 10.0**power for power in powers for factor in factors]
+            return [tick for tick in ticks if self.low <= tick <= self.high]
+        step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
+        step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 6)
+        return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, log_y=False):
+    """A line chart as a PIL image, with its legend to the right.
+
+    curves      {label: (x values, y values)}; points that are not finite, or not positive on a log
+                axis, are left out.
+    references  {label: y}: dashed horizontal lines, such as a limit that can be computed.
+    """
+    references = references or {}
+    lines = {}
+    for label, (x, y) in curves.items():
+        pairs = [(float(a), float(b)) for a, b in zip(x, y, strict=True)]
+        shown = [(a, b) for a, b in pairs if math.isfinite(a + b) and (a > 0 or not log_x) and (b > 0 or not log_y)]
+        lines[label] = shown
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        raise ValueError(f"nothing to plot in {title!r}")
+    left, right, top, bottom = 160, 1300, 120, 960  # drawn at twice the size, for smooth lines
+    x_axis = Axis([x for x, _ in points], left, right, log_x)
+    y_axis = Axis([y for _, y in points] + list(references.values()), bottom, top, log_y)
+
+    sheet = Image.new("RGB", (1800, 1100), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    for tick in x_axis.ticks():
+        draw.line([(x_axis(tick), bottom), (x_axis(tick), top)], fill=FAINT, width=2)
+        draw.text((x_axis(tick), bottom + 14), f"{tick:g}", fill=INK, font=font, anchor="mt")
+    for tick in y_axis.ticks():
+        draw.line([(left, y_axis(tick)), (right, y_axis(tick))], fill=FAINT, width=2)
+        draw.text((left - 14, y_axis(tick)), f"{tick:g}", fill=INK, font=font, anchor="rm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=3)
+    draw.text((left, 36), title, fill=INK, font=ImageFont.load_default(34), anchor="lm")
+    draw.text((left, 90), y_label, fill=INK, font=font, anchor="lm")
+    draw.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
+
+    lines |= {label: [(x_axis.low, y), (x_axis.high, y)] for label, y in references.items()}
+    for i, (label, line) in enumerate(lines.items()):
+        colour, legend = COLOURS[i % len(COLOURS)], top + 20 + 44 * i
+        draw_line(draw, [(x_axis(x), y_axis(y)) for x, y in line], colour, dashed=label in references)
+        draw_line(draw, [(right + 30, legend), (right + 90, legend)], colour, dashed=label in references)
+        draw.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
+    return sheet.resize((900, 550), Image.Resampling.LANCZOS)
+
+
+def draw_line(draw, points, colour, dashed):
+    if not dashed:
+        draw.line(points, fill=colour, width=5, joint="curve")
+        return
+    (x, y), (end, _) = points
+    while x < end:
+        draw.line([(x, y), (min(x + 14, end), y)], fill=colour, width=4)
+        x += 24
