@@ -21,7 +21,9 @@ import contextlib
 import csv
 import math
 import os
+import platform
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -128,7 +130,7 @@ class MaskGIT(nn.Module):
     head      what turns the last state, after a small MLP, into logits (E is the embedding table):
               "tied"    dot product with each code's row of E, plus a bias per code (paper);
               "cosine"  cosine similarity with each code's row of E (S1). At most 1, so with K codes
-                        the cross-entropy cannot fall below log(1 + (K-1) e^-2), see cosine_floor;
+                        the cross-entropy cannot fall below log(1 + (K-1) e^-2);
               "linear"  a linear layer (S1's alternative, "predict the one-hot code").
     learn_temperature  cosine head only: multiply the similarities by a learned scale, which lifts
               that floor.
@@ -191,13 +193,6 @@ class MaskGIT(nn.Module):
             return F.linear(x, codebook, self.bias)
         similarity = F.linear(F.normalize(x, dim=-1), F.normalize(codebook, dim=-1))
         return similarity * self.log_scale.exp() if self.config["learn_temperature"] else similarity
-
-
-def cosine_floor(codes):
-    """The lowest cross-entropy, in nats, of a softmax over `codes` cosine similarities: the right code
-    at 1 and every other at -1. Two vectors can be opposite; more cannot all be, so with more codes even
-    this is out of reach."""
-    return math.log1p((codes - 1) * math.exp(-2))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -265,9 +260,9 @@ def decode(
     mask,
     coords,
     *,
-    steps=12,
+    steps=20,
     schedule="cosine",
-    order="confidence",
+    order="entropy",
     sample="categorical",
     temperature=1.0,
     choice_temperature=4.5,
@@ -306,50 +301,56 @@ def decode(
     check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after)
     gamma = schedule_function(schedule)
     tokens, hidden = tokens.masked_fill(mask, model.mask_id), mask.clone()
-    start = hidden.sum(dim=1)  # (B,)
+    at_start = hidden.sum(dim=1)  # (B,)
     halton = halton_priority(coords.expand(*tokens.shape, 2)) if order == "halton" else None
     last_step = min(steps, stop_after or steps)
 
     with evaluation_mode(model):
         for step in range(1, last_step + 1):
-            rows = hidden.any(dim=1).nonzero()[:, 0]  # images that are not finished yet: b of B
+            rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished yet
             if len(rows) == 0:
                 break
-            row_hidden, row_coords = hidden[rows], coords if coords.ndim == 2 else coords[rows]
-            log_probs = (model(tokens[rows], row_coords).float() / temperature).log_softmax(dim=-1)  # (b, T, K)
-            if sample == "argmax":
-                values = log_probs.argmax(dim=-1)  # (b, T)
-            else:
-                values = (log_probs + gumbel_like(log_probs, generator)).argmax(dim=-1)
-
-            left = torch.floor(gamma(step / steps) * start[rows].double()).long()
-            left = left.minimum(row_hidden.sum(dim=1) - 1)
-            if order == "entropy":
-                priority = -(log_probs.exp() * log_probs).sum(dim=-1)
-                is_certain = priority < certain
-                left = left.minimum((row_hidden & ~is_certain).sum(dim=1) - 1)
-                values = torch.where(is_certain, log_probs.argmax(dim=-1), values)
-                priority = priority.masked_fill(is_certain, math.inf)
-            elif order == "confidence":
-                priority = log_probs.gather(-1, values[..., None])[..., 0]
-                priority = priority.exp() if confidence == "probability" else priority
-                noise = choice_temperature * (1 - step / steps)
-                priority = priority + noise * gumbel_like(priority, generator)
-            elif order == "halton":
+            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows]).float()  # (b, T, K)
+            log_probs = (logits / temperature).log_softmax(dim=-1)
+            likeliest = log_probs.argmax(dim=-1)  # (b, T)
+            values = likeliest if sample == "argmax" else draw(log_probs, generator)
+            if order == "halton":
                 priority = halton[rows]
             else:
-                priority = torch.rand(row_hidden.shape, generator=generator, device=tokens.device)
-            if step == last_step:
-                left = torch.zeros_like(left)
+                noise = choice_temperature * (1 - step / steps)
+                priority = commit_priority(order, log_probs, values, certain, confidence, noise, generator)
 
-            # Of the hidden tokens of each image, the `left` ones of lowest priority stay hidden.
-            rank = priority.masked_fill(~row_hidden, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-            stays = row_hidden & (rank < left.clamp(min=0)[:, None])
-            tokens[rows] = torch.where(row_hidden & ~stays, values, tokens[rows])
+            # The schedule says how many stay hidden, but at least one is committed besides the certain ones.
+            certainly = hidden[rows] & priority.isinf()
+            left = torch.floor(gamma(step / steps) * at_start[rows].double()).long()
+            left = left.minimum((hidden[rows] & ~certainly).sum(dim=1) - 1).clamp(min=0)
+            if step == last_step:
+                left.zero_()
+            rank = priority.masked_fill(~hidden[rows], math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+            stays = hidden[rows] & (rank < left[:, None])
+            values = torch.where(certainly, likeliest, values)
+            tokens[rows] = torch.where(hidden[rows] & ~stays, values, tokens[rows])
             hidden[rows] = stays
             if trace is not None:
                 trace.append((tokens.clone(), hidden.clone()))
     return tokens
+
+
+def commit_priority(order, log_probs, values, certain, confidence, noise, generator):
+    """(b, T): the hidden tokens of highest priority are committed first; all infinite ones at once."""
+    if order == "entropy":
+        entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
+        return entropy.masked_fill(entropy < certain, math.inf)
+    if order == "confidence":
+        priority = log_probs.gather(-1, values[..., None])[..., 0]
+        priority = priority.exp() if confidence == "probability" else priority
+        return priority + noise * gumbel_like(priority, generator)
+    return torch.rand(values.shape, generator=generator, device=values.device)
+
+
+def draw(log_probs, generator):
+    """One code per token, drawn from (b, T, K) log-probabilities: (b, T)."""
+    return (log_probs + gumbel_like(log_probs, generator)).argmax(dim=-1)
 
 
 def check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after):
@@ -372,7 +373,7 @@ def check_decode_arguments(model, tokens, mask, steps, order, sample, temperatur
 
 
 def gumbel_like(x, generator):
-    """Standard Gumbel noise of x's shape: adding it to log-probabilities and taking the argmax draws from them."""
+    """Standard Gumbel noise of x's shape; the argmax of log-probabilities plus noise is a draw from them."""
     return -torch.empty_like(x).exponential_(generator=generator).log()
 
 
@@ -448,6 +449,29 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def run_record():
+    """Where a number comes from: command, commit, machine, versions and date, as plain values."""
+    folder = Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    machine = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit,
+        "machine": machine,
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def process_rank():
     """(rank, number of processes) as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -485,7 +509,7 @@ def precision_context(device, precision):
 
 
 def fast_precision(device):
-    """Return "bf16" where the processor multiplies it natively (CUDA since Ampere, CPUs with AVX512-BF16), else "float32"."""
+    """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
@@ -557,10 +581,13 @@ class TrainingState:
         self.step += 1
         self.loss_sum = self.loss_sum + loss
 
+    def mean_loss(self):
+        """Over the steps since the last row of history."""
+        return float(self.loss_sum) / (self.step - (self.history[-1]["step"] if self.history else 0))
+
     def log_row(self, gradient_norm, validate):
-        """The next row of history: the mean loss since the last one, and how the validated model does."""
-        steps = self.step - (self.history[-1]["step"] if self.history else 0)
-        row = dict(step=self.step, loss=float(self.loss_sum) / steps, seconds=round(self.seconds, 2))
+        """The next row of history, with the figures of the validated model."""
+        row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2))
         row |= dict(lr=self.optimizers[0].param_groups[0]["lr"], gradient_norm=float(gradient_norm))
         if validate:
             with torch.no_grad(), evaluation_mode(self.result()):
@@ -593,10 +620,10 @@ class TrainingState:
 class TrainingLog:
     """Where a run reports: a progress line on stderr, log.csv and, if asked for, TensorBoard."""
 
-    def __init__(self, out, steps, history, tensorboard):
+    def __init__(self, out, first_step, steps, history, tensorboard):
         self.out, self.steps = out, steps
         self.started = self.printed = time.monotonic()
-        self.first_step = history[-1]["step"] if history else 0
+        self.first_step = first_step
         self.board = tensorboard_writer(out) if tensorboard else None
         if out:
             out.mkdir(parents=True, exist_ok=True)
@@ -610,7 +637,6 @@ class TrainingLog:
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, row["step"])
-        self.print_progress(row)
 
     def write_csv(self, row):
         with open(self.out / "log.csv", "a", newline="") as file:
@@ -619,14 +645,14 @@ class TrainingLog:
                 writer.writeheader()
             writer.writerow(row)
 
-    def print_progress(self, row):
-        """On a terminal the line rewrites itself; elsewhere there is one every 10 seconds."""
-        now, terminal, last = time.monotonic(), sys.stderr.isatty(), row["step"] == self.steps
-        if terminal or last or now - self.printed > 10:
+    def print_progress(self, state):
+        """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
+        now, terminal, last = time.monotonic(), sys.stderr.isatty(), state.step == self.steps
+        if last or now - self.printed > (1 if terminal else 10):
             self.printed = now
-            speed = (row["step"] - self.first_step) / (now - self.started)
-            minutes, seconds = divmod(round((self.steps - row["step"]) / speed), 60)
-            line = f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {speed:.1f} steps/s"
+            speed = (state.step - self.first_step) / (now - self.started)
+            minutes, seconds = divmod(round((self.steps - state.step) / speed), 60)
+            line = f"step {state.step}/{self.steps}  loss {state.mean_loss():.4f}  {speed:.1f} steps/s"
             end = "\r" if terminal and not last else "\n"
             print(f"{line}  {minutes}:{seconds:02d} left   ", end=end, file=sys.stderr, flush=True)
 
@@ -689,7 +715,7 @@ def train(
     state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema)
     if resume:
         state.load_state_dict(read_training_state(path, config, device))
-    log = TrainingLog(path and path.parent, steps, state.history, tensorboard) if rank == 0 else None
+    log = TrainingLog(path and path.parent, state.step, steps, state.history, tensorboard) if rank == 0 else None
     network = torch.compile(model) if compile else model
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -709,6 +735,8 @@ def train(
         state.seconds = time.monotonic() - started
 
         last = state.step == steps
+        if log:
+            log.print_progress(state)
         logs = last or state.step % log_steps == 0
         saves = last or time.monotonic() - saved > 60 * checkpoint_minutes
         saves |= checkpoint_steps is not None and state.step % checkpoint_steps == 0
@@ -757,11 +785,14 @@ def save_checkpoint(path, model, *, config=None, step=0, training=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     contents = dict(architecture=model.config, weights=model.state_dict(), config=config, step=step, training=training)
-    with open(partial, "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, device):
@@ -773,10 +804,14 @@ def read_checkpoint(path, device):
         contents = torch.load(path, map_location=device, weights_only=True)
         missing = {"architecture", "weights", "config", "step", "training"} - set(contents)
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        raise ValueError(f"{path} is damaged or no checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is damaged or no checkpoint: {first_line(error)}") from None
     if missing:
         raise ValueError(f"{path} is no checkpoint of maskgit.py: it lacks {', '.join(sorted(missing))}")
     return contents
+
+
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def read_training_state(path, config, device):
@@ -807,7 +842,7 @@ def load_checkpoint(path, device="cpu"):
         model = MaskGIT(**contents["architecture"]).to(device)
         model.load_state_dict(contents["weights"])
     except (TypeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit this maskgit.py: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} does not fit this maskgit.py: {first_line(error)}") from None
     return dict(model=model.eval(), tokenizer=None, config=contents["config"], step=contents["step"])
 
 

@@ -10,6 +10,7 @@ best possible answer to every question can be computed.
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (--out).
 """
 
+import argparse
 import functools
 import json
 import math
@@ -23,7 +24,6 @@ from maskgit import (
     SCHEDULES,
     CommandLine,
     MaskGIT,
-    cosine_floor,
     decode,
     fast_precision,
     grid_coords,
@@ -88,7 +88,7 @@ class ExactModel:
 
     def __call__(self, tokens, coords):
         white = posterior(self.prior, tokens, tokens == MASK_ID)
-        return torch.stack([1 - white, white], dim=-1).log().clamp(min=-1e4)
+        return torch.stack([1 - white, white], dim=-1).log()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -156,37 +156,52 @@ def score(model, prior, kind, count, seed):
 # ---------------------------------------------------------------------------------------------------
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
+ORDERS = {
+    "entropy": {"order": "entropy"},
+    "confidence": {"order": "confidence"},
+    "confidence, log prob.": {"order": "confidence", "confidence": "log_probability"},
+    "confidence, no noise": {"order": "confidence", "choice_temperature": 0.0},
+    "random": {"order": "random"},
+    "halton": {"order": "halton"},
+}
+# A run's short table: decode's defaults, and the others with the reports' number of steps.
+SHORT_TABLE = [("entropy", {})] + [(name, {"steps": 16}) for name in ("confidence", "confidence, no noise", "random")]
+
 
 def completion_inputs(prior, draws, seed):
-    """{name: (tokens, mask)} with `draws` rows each: nothing visible; half of the pixels of 20 images."""
-    hidden = torch.ones(draws, prior.shape[1], dtype=torch.bool)
-    generator = torch.Generator().manual_seed(seed)
+    """{name: (tokens, mask)}, `draws` rows each: nothing is visible, half of the pixels, or the left half."""
+    side, generator = math.isqrt(prior.shape[1]), torch.Generator().manual_seed(seed)
     images = prior[torch.randint(len(prior), (20,), generator=generator)]
-    half = random_mask(images.shape, 0.5, generator)
-    rows = torch.arange(draws) * 20 // draws
-    return {"all masked": (prior[:1].expand(draws, -1), hidden), "half masked": (images[rows], half[rows])}
+    right = (grid_coords(side, side)[:, 0] >= side / 2).expand(len(images), -1)
+    rows = torch.arange(draws) * len(images) // draws
+    masks = {"nothing visible": torch.ones_like(right), "random half": random_mask(images.shape, 0.5, generator)}
+    return {name: (images[rows], mask[rows]) for name, mask in (masks | {"left half": right}).items()}
 
 
-def total_variation(prior, tokens, mask, completed):
-    """Half the summed difference between the frequencies of the completions and the posterior's probabilities,
-    averaged over the different inputs; and what exact sampling would show with as many draws."""
-    group = torch.unique(torch.cat([tokens.masked_fill(mask, MASK_ID)], dim=1), dim=0, return_inverse=True)[1]
-    matches = (completed[:, None] == prior[None]).all(dim=-1)  # (B, M)
+def total_variation(prior, tokens, mask, matches):
+    """Half the summed difference between the completions' frequencies and the posterior's probabilities, averaged
+    over the different inputs; and what exact sampling would show on average with as many draws.
+
+    matches: bool (B, M), which image of the prior each completion is.
+    """
+    inputs = tokens.masked_fill(mask, MASK_ID)
+    group = torch.unique(inputs, dim=0, return_inverse=True)[1]
     rng, found, floor = np.random.default_rng(0), [], []
     for g in range(int(group.max()) + 1):
         rows = group == g
         agree = consistent(prior, tokens[rows][:1], mask[rows][:1])[0].double()
         truth, draws = (agree / agree.sum()).numpy(), int(rows.sum())
-        counts = matches[rows].sum(dim=0).numpy()
-        outside = 1 - counts.sum() / draws  # completions that are no image of the prior
-        found.append((np.abs(counts / draws - truth).sum() + outside) / 2)
+        frequencies = matches[rows].sum(dim=0).numpy() / draws
+        outside = 1 - frequencies.sum()  # completions that are no image of the prior
+        found.append((np.abs(frequencies - truth).sum() + outside) / 2)
         exact = rng.multinomial(draws, truth, size=200) / draws
         floor.append(np.abs(exact - truth).sum(axis=1).mean() / 2)
     return float(np.mean(found)), float(np.mean(floor))
 
 
-def judge(model, prior, tokens, mask, seed, device, **options):
-    """Decode and say how good the completions are: valid share, total variation, its floor, network calls."""
+def judge(model, prior, tokens, mask, device, options, seed):
+    """Decode with `options`; returns the share of valid completions, their total variation from the posterior and
+    the floor of that, and the network calls per image."""
     side, trace = math.isqrt(prior.shape[1]), []
     completed = decode(
         model,
@@ -197,10 +212,386 @@ def judge(model, prior, tokens, mask, seed, device, **options):
         trace=trace,
         **options,
     ).cpu()
-    matches = (completed[:, None] == prior[None]).all(dim=-1)
-    valid = (matches & consistent(prior, tokens, mask)).any(dim=1)
-    still_hidden = torch.stack([hidden.any(dim=1) for _, hidden in trace[:-1]] or [torch.zeros(len(mask), dtype=bool)])
-    calls = mask.any(dim=1).float().cpu() + still_hidden.float().sum(dim=0).cpu()
-    found, floor = total_variation(prior, tokens, mask, completed)
-    result = {"valid": valid.float().mean().item(), "total_variation": found, "floor": floor}
+    matches = (completed[:, None] == prior).all(dim=-1)  # (B, M)
+    valid = (matches & consistent(prior, tokens, mask)).any(dim=1).float().mean().item()
+    unfinished = [mask.any(dim=1)] + [hidden.any(dim=1).cpu() for _, hidden in trace[:-1]]
+    calls = torch.stack(unfinished).sum(dim=0).float()
+    found, floor = total_variation(prior, tokens, mask, matches)
+    result = {"valid": valid, "total_variation": found, "exact_sampling": floor}
     return result | {"calls": calls.mean().item(), "most_calls": int(calls.max())}
+
+
+def compare_orders(model, prior, device, draws, decoders, seed):
+    """A row per input, order and kind of marginals: the trained model's, and the exact posterior's in its place."""
+    rows = []
+    for given, (tokens, mask) in completion_inputs(prior, draws, seed).items():
+        for order, options in decoders:
+            for marginals, predictor in (("model", model), ("exact", ExactModel(prior.to(device)))):
+                result = judge(predictor, prior, tokens, mask, device, ORDERS[order] | options, seed)
+                rows.append({"given": given, "order": order, **options, "marginals": marginals, **result})
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def as_images(tokens, side):
+    """Tokens (B, T) as images (B, side, side, 1): black, white, and grey where hidden."""
+    return np.array([0.0, 1.0, 0.5], dtype=np.float32)[tokens.cpu().numpy()].reshape(-1, side, side, 1)
+
+
+def draw_samples(model, prior, side, device, seed):
+    """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, the left half given."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = prior[torch.randint(len(prior), (16,), generator=generator)]
+    right = (grid_coords(side, side)[:, 0] >= side / 2).expand(4, -1)
+    masks = [draw_mask(kind, (4, side * side), generator) for kind in ("0.2", "cosine", "0.5")] + [right]
+    mask = torch.cat(masks)
+    masked = truth.masked_fill(mask, MASK_ID)
+    coords, decoder = grid_coords(side, side).to(device), torch.Generator(device).manual_seed(seed)
+    filled = decode(model, truth.to(device), mask.to(device), coords, generator=decoder)
+    images = np.stack([as_images(tokens, side) for tokens in (masked, filled, truth)], axis=1)
+    return image_grid(images.reshape(-1, side, side, 1), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
+
+
+def draw_generation(model, side, device, seed):
+    """Frames of 12 images that are filled in from nothing."""
+    hidden = torch.ones(12, side * side, dtype=torch.bool, device=device)
+    trace = [(torch.full_like(hidden, MASK_ID, dtype=torch.int64), hidden)]
+    coords, decoder = grid_coords(side, side).to(device), torch.Generator(device).manual_seed(seed)
+    decode(model, trace[0][0], hidden, coords, generator=decoder, trace=trace)
+    return [image_grid(as_images(tokens, side), 6, scale=12) for tokens, _ in trace]
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run
+
+
+def train_model(settings, prior, device, out=None):
+    """A trained MaskGIT, and the rows of its log with the expected cross-entropy on 512 unseen masks in each."""
+    seed_everything(settings.seed)
+    architecture = ("dim", "heads", "layers", "hidden", "dropout", "norm", "head", "positions", "learn_temperature")
+    model = MaskGIT(codes=2, **{name: getattr(settings, name) for name in architecture}).to(device)
+    passed_on = ("steps", "seed", "optimizer", "lr", "weight_decay", "warmup", "decay", "clip", "accumulate", "ema")
+    passed_on += ("precision", "compile", "resume", "checkpoint_steps", "tensorboard")
+    history = train(
+        model,
+        make_batch(prior, settings),
+        out=out,
+        config={name: value for name, value in vars(settings).items() if name not in MAY_CHANGE},
+        log_steps=max(1, settings.steps // 25),
+        validate=lambda model: {
+            "cross_entropy": score(model, prior, settings.mask, 512, VALIDATION_SEED)["cross_entropy"]
+        },
+        **{name: getattr(settings, name) for name in passed_on},
+    )
+    return model, history
+
+
+def run(settings):
+    started, device, out = time.monotonic(), pick_device(settings.device), settings.out
+    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
+    if (out / "model.pt").exists() and not (settings.resume or settings.force):
+        raise ValueError(f"{out} holds a run already: --resume goes on with it, --force starts over, --out renames")
+    side = settings.grid
+    prior = all_squares(side, settings.min_side, settings.max_side)
+    model, history = train_model(settings, prior, device, out)
+    if process_rank()[0] > 0:
+        return
+
+    tasks = {kind: score(model, prior, kind, 8192, TEST_SEED) for kind in {settings.mask: "", **TASKS}}
+    completions = compare_orders(model, prior, device, settings.draws, SHORT_TABLE, TEST_SEED)
+    column = {name: [row[name] for row in history] for name in history[0]}
+    line_plot(
+        {
+            "training batches": (column["step"], column["loss"]),
+            "unseen masks": (column["step"], column["cross_entropy"]),
+        },
+        title=f"Squares, {TASKS.get(settings.mask, settings.mask)}",
+        x_label="step",
+        y_label="cross-entropy, nats per hidden pixel",
+        references={"exact posterior": tasks[settings.mask]["limit"]},
+        log_y=True,
+    ).save(out / "loss.png")
+    image_grid(as_images(prior, side), 18, scale=4).save(out / "prior.png")
+    draw_samples(model, prior, side, device, TEST_SEED).save(out / "samples.png")
+    save_gif(out / "decode.gif", draw_generation(model, side, device, TEST_SEED))
+    seconds = {"train": round(history[-1]["seconds"], 1), "total": round(time.monotonic() - started, 1)}
+    parameters = sum(p.numel() for p in model.parameters())
+    figures = {"images": len(prior), "parameters": parameters, "tasks": tasks, "completions": completions}
+    write_figures(settings, "metrics.json", {"seconds": seconds, **figures})
+
+    print_table(
+        ["task", "KL", "cross-entropy", "limit", "accuracy", "limit"],
+        [
+            [TASKS.get(kind, kind), f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
+            + [f"{task['accuracy']:.2%}", f"{task['posterior_accuracy']:.2%}"]
+            for kind, task in tasks.items()
+        ],
+    )
+    print_completions(completions)
+    print(f"trained in {seconds['train']} s, {seconds['total']} s in all")
+    print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
+
+
+def write_figures(settings, name, figures):
+    """The figures and where they come from, to the run's folder and, with --json, beside it."""
+    plain = {
+        key: value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+        for key, value in vars(settings).items()
+    }
+    text = json.dumps({**run_record(), "settings": plain, **figures}, indent=1) + "\n"
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, [settings.out / name, settings.json]):
+        path.write_text(text)
+
+
+def print_table(head, rows):
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+    print()
+
+
+def print_completions(rows):
+    head = ["completions", "given", "marginals", "steps", "valid", "total variation", "exact sampling", "calls"]
+    lines = [
+        [row["order"], row["given"], row["marginals"], str(row.get("steps", "")), f"{row['valid']:.1%}"]
+        + [f"{row['total_variation']:.3f}", f"{row['exact_sampling']:.3f}", f"{row['calls']:.1f}"]
+        for row in rows
+    ]
+    print_table(head, lines)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Comparisons
+
+
+def run_completions(settings):
+    """Every order with every schedule and number of steps, for the model in --out and for exact marginals."""
+    device = pick_device(settings.device)
+    checkpoint = load_checkpoint(settings.out / "model.pt", device)
+    config = checkpoint["config"]
+    prior = all_squares(config["grid"], config["min_side"], config["max_side"])
+    steps = (1, 2, 4, 8, 16, 32, 64)
+    grid = [(order, {"schedule": schedule, "steps": t}) for order in ORDERS for schedule in SCHEDULES for t in steps]
+    rows = compare_orders(checkpoint["model"], prior, device, settings.draws, grid, TEST_SEED)
+    write_figures(settings, "completions.json", {"completions": rows})
+    shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
+    for marginals in ("model", "exact"):
+        chosen = {
+            order: [row for row in shown if row["marginals"] == marginals and row["order"] == order] for order in ORDERS
+        }
+        line_plot(
+            {
+                o: ([row["calls"] for row in picked], [row["total_variation"] for row in picked])
+                for o, picked in chosen.items()
+            },
+            title=f"Squares from nothing, {marginals} marginals, cosine schedule",
+            x_label="network calls per image",
+            y_label="total variation from the uniform prior",
+            references={"exact sampling": shown[0]["exact_sampling"]},
+            log_x=True,
+        ).save(settings.out / f"completions_{marginals}.png")
+    print_completions(shown)
+
+
+# S1's recipe at a width a CPU manages, and its repairs.
+S1_RECIPE = {"norm": "post", "warmup": 0, "head": "cosine", "learn_temperature": False, "positions": "printed"}
+REPAIRS = {
+    "temperature": {"learn_temperature": True},
+    "linear head": {"head": "linear"},
+    "positions": {"positions": "split"},
+    "pre-norm, warm-up": {"norm": "pre", "warmup": 100},
+}
+
+
+def ablation_variants():
+    """{name: settings}: S1's recipe, each repair alone, all of them, and all but one."""
+    every = functools.reduce(dict.__or__, (repair for name, repair in REPAIRS.items() if name != "linear head"))
+    variants = {"S1": {}} | {f"S1 + {name}": repair for name, repair in REPAIRS.items()} | {"all repairs": every}
+    for name in ("temperature", "positions", "pre-norm, warm-up"):
+        variants[f"all but {name}"] = {key: value for key, value in every.items() if key not in REPAIRS[name]}
+    return variants
+
+
+def cosine_head_limit(prior, kind, count=8192):
+    """The lowest expected cross-entropy that two cosine similarities allow. They differ by at most 2, so the best
+    is the posterior kept within sigmoid(-2) .. sigmoid(2)."""
+    generator = torch.Generator().manual_seed(TEST_SEED)
+    tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
+    mask = draw_mask(kind, tokens.shape, generator)
+    white = posterior(prior, tokens, mask)[mask]
+    least = torch.sigmoid(torch.tensor(-2.0))
+    return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
+
+
+def run_ablation(settings):
+    """S1's recipe and its repairs, three seeds each; writes ablation.json and ablation.png to --out."""
+    device = pick_device(settings.device)
+    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
+    prior = all_squares(settings.grid, settings.min_side, settings.max_side)
+    rows, curves = [], {}
+    for name, repair in ablation_variants().items():
+        for seed in range(settings.seed, settings.seed + 3):
+            varied = argparse.Namespace(**vars(settings) | ABLATION | S1_RECIPE | repair | {"seed": seed})
+            model, history = train_model(varied, prior, device)
+            result = score(model, prior, settings.mask, 8192, TEST_SEED)
+            curve = [row["cross_entropy"] for row in history]
+            rows.append({"variant": name, "seed": seed, **result, "curve": curve})
+            print(f"{name}, seed {seed}: {result['cross_entropy']:.4f}", flush=True)
+        mean = np.mean([row["curve"] for row in rows if row["variant"] == name], axis=0)
+        curves[name] = ([row["step"] for row in history], mean)
+    references = {"cosine head's best": cosine_head_limit(prior, settings.mask), "exact posterior": rows[0]["limit"]}
+    write_figures(settings, "ablation.json", {"logged_steps": curves["S1"][0], "references": references, "runs": rows})
+    line_plot(
+        curves,
+        title="S1's recipe and its repairs, mean of three seeds",
+        x_label="updates",
+        y_label="cross-entropy on unseen masks, nats per hidden pixel",
+        references=references,
+        log_y=True,
+    ).save(settings.out / "ablation.png")
+    spread = {name: [row["cross_entropy"] for row in rows if row["variant"] == name] for name in curves}
+    table = [[n, f"{np.mean(v):.4f}", f"{min(v):.4f}", f"{max(v):.4f}"] for n, v in spread.items()]
+    print_table(["variant", "cross-entropy", "lowest", "highest"], table)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+# S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
+# A batch here is each image once, S1 takes its rate and epochs from S2, and S2 takes S1's block but a head
+# and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
+REPORTED = {
+    **{"layers": 6, "heads": 8, "dropout": 0.1, "norm": "post", "optimizer": "adamw", "lr": 1e-5, "epochs": 300},
+    **{"warmup": 0, "decay": "constant", "clip": math.inf, "weight_decay": 0.0},
+}
+PRESETS = {
+    "post1": {
+        **REPORTED,
+        **{"dim": 768, "hidden": 3072, "head": "cosine", "positions": "printed", "mask": "cosine"},
+        **{"min_side": 2, "max_side": 5, "presentations": 1, "batch_size": 126},
+    },
+    "post2": {
+        **REPORTED,
+        **{"dim": 640, "hidden": 1600, "head": "linear", "positions": "split", "mask": "0.2"},
+        **{"min_side": 1, "max_side": 4, "presentations": 40, "batch_size": 174},
+    },
+}
+# The ablation's width and budget, for all variants alike: 1,000 updates are 1,000 of S1's epochs.
+ABLATION = {
+    **REPORTED,
+    **{"dim": 64, "hidden": 256, "lr": 1e-3, "batch_size": 126, "presentations": 1, "mask": "cosine"},
+}
+ABLATION_STEPS = 1000
+# What a resumed run may do differently; everything else would change its weights.
+MAY_CHANGE = {"preset", "completions", "ablation", "out", "json", "resume", "force", "device", "compile", "tensorboard"}
+MAY_CHANGE |= {"checkpoint_steps", "draws"}
+VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1  # of masks that no training run with a smaller seed sees
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number that is not below `low`."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
+
+    return parse
+
+
+def share(text):
+    """An argparse type: a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def mask_kind(text):
+    """An argparse type: "cosine", "single" or a fraction."""
+    try:
+        known = text in ("cosine", "single") or 0 < float(text) <= 1
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cosine, nor single, nor a fraction in (0, 1]")
+    return text
+
+
+def parse_arguments():
+    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, amount = at_least(1), at_least(0.0, float)
+    add = parser.add_argument_group("what to do").add_argument
+    add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
+    add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
+    add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
+    add("--out", type=Path, default=Path("runs/squares"), help="folder of the run, default %(default)s")
+    add("--json", type=Path, help="write the figures to this file as well")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--force", action="store_true", help="start over in a folder that holds a run")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--seed", type=at_least(0), default=0)
+    add("--draws", type=at_least(20), default=1000, help="completions behind each figure, default %(default)s")
+    add = parser.add_argument_group("images").add_argument
+    add("--grid", type=count, default=8, help="pixels per side")
+    add("--min-side", type=count, default=2)
+    add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
+    add = parser.add_argument_group("model").add_argument
+    add("--dim", type=count, default=64)
+    add("--heads", type=count, default=4)
+    add("--layers", type=count, default=4)
+    add("--hidden", type=count, default=256)
+    add("--dropout", type=share, default=0.0)
+    add("--norm", choices=("pre", "post"), default="pre")
+    add("--head", choices=("tied", "cosine", "linear"), default="linear")
+    add("--learn-temperature", action="store_true", help="of the cosine head")
+    add("--positions", choices=("split", "printed"), default="split")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=count, help=f"default 2500, of an ablation {ABLATION_STEPS}")
+    add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
+    add("--presentations", type=count, default=1)
+    add("--batch-size", type=count, default=126, help="of all processes together")
+    add("--mask", type=mask_kind, default="cosine", help="cosine, single (pixel), or a fraction such as 0.2")
+    add("--optimizer", choices=("adamw", "muon"), default="muon")
+    add("--lr", type=amount, default=6e-3)
+    add("--warmup", type=at_least(0), default=100)
+    add("--decay", choices=("constant", "linear", "cosine"), default="linear")
+    add("--weight-decay", type=amount, default=0.0)
+    add("--clip", type=amount, default=1.0, help="largest norm of the gradient")
+    add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
+    add("--ema", type=share, default=0.0, help="decay of a moving average of the weights")
+    add("--precision", choices=("auto", "float32", "bf16"), default="auto")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--tensorboard", action="store_true", help="log to --out, if it is installed")
+    add("--checkpoint-steps", type=count, help="besides every 5 minutes")
+    parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
+    settings = parser.parse_args()
+    if settings.steps is None:
+        images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
+        shown = (settings.epochs or 0) * settings.presentations * images
+        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 2500)
+    return settings
+
+
+def main():
+    settings = parse_arguments()
+    if settings.ablation:
+        run_ablation(settings)
+    elif settings.completions:
+        run_completions(settings)
+    else:
+        run(settings)
+
+
+if __name__ == "__main__":
+    run_as_script(main)

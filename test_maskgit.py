@@ -1,0 +1,1054 @@
+"""Every test, in the order of the code: maskgit.py, then train_squares.py, then the README.
+
+    python -m pytest test_maskgit.py
+
+Expected values are worked out here in another way: by hand, by loops, by enumeration. No test needs a network, a
+GPU (those that use one skip themselves) or data from elsewhere.
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import maskgit
+import train_squares
+from maskgit import (
+    SCHEDULES,
+    Attention,
+    Block,
+    MaskGIT,
+    decode,
+    grid_coords,
+    image_grid,
+    learning_rate_factor,
+    line_plot,
+    load_checkpoint,
+    masked_cross_entropy,
+    pick_device,
+    position_encoding,
+    random_mask,
+    save_checkpoint,
+    save_gif,
+    seed_everything,
+    train,
+)
+
+HERE = Path(__file__).resolve().parent
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(seed=0, codes=5, **options):
+    torch.manual_seed(seed)
+    settings = {"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0} | options
+    return MaskGIT(codes, **settings).eval()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Positions
+
+
+def test_grid_coords_are_x_then_y_row_by_row():
+    assert grid_coords(2, 3).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("layout", ["split", "printed"])
+def test_position_encoding_equals_its_formula_dimension_by_dimension(layout):
+    coords = torch.tensor([[0.0, 0.0], [3.0, 5.0], [-1.25, 7.5]])
+    dim = 16
+    encoded = position_encoding(coords, dim, layout)
+    assert encoded.shape == (3, dim)
+    for row, (x, y) in enumerate(coords.tolist()):
+        for i in range(dim):
+            value = x if i < dim // 2 else y
+            if layout == "printed":
+                frequency = 10000 ** (-i / dim)
+            else:
+                within = i % (dim // 2)
+                frequency = 10000 ** (-(within - within % 2) / (dim // 2))
+            expected = math.sin(value * frequency) if i % 2 == 0 else math.cos(value * frequency)
+            assert encoded[row, i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_printed_layout_hardly_tells_rows_apart_and_split_does():
+    rows = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    printed, split = (position_encoding(rows, 64, layout).diff(dim=0).abs().max() for layout in ("printed", "split"))
+    assert printed < 0.011
+    assert split > 0.8
+
+
+def test_position_encoding_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="divisible by 4"):
+        position_encoding(grid_coords(2, 2), 18)
+    with pytest.raises(ValueError, match="split or printed"):
+        position_encoding(grid_coords(2, 2), 16, "learned")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Transformer
+
+
+def test_attention_equals_an_explicit_softmax():
+    torch.manual_seed(0)
+    attention, x = Attention(12, 3), torch.randn(2, 7, 12)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    heads = []
+    for h in range(3):
+        rows = [slice(part * 12 + h * 4, part * 12 + h * 4 + 4) for part in range(3)]
+        query, key, value = (x @ weight[r].T + bias[r] for r in rows)
+        scores = torch.exp(query @ key.transpose(1, 2) / math.sqrt(4))
+        heads.append(scores / scores.sum(dim=2, keepdim=True) @ value)
+    expected = torch.cat(heads, dim=2) @ attention.out.weight.T + attention.out.bias
+    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def layer_norm(x, module):
+    centred = x - x.mean(dim=-1, keepdim=True)
+    return centred / (centred.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * module.weight + module.bias
+
+
+def gelu_mlp(x, block):
+    x = x @ block.mlp[0].weight.T + block.mlp[0].bias
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2))) @ block.mlp[2].weight.T + block.mlp[2].bias
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_block_is_the_written_formula(norm):
+    torch.manual_seed(0)
+    block, x = Block(8, 2, 24, 0.1, norm).eval(), torch.randn(2, 5, 8)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if norm == "post":
+        y = layer_norm(x + block.attention(x), block.norm1)
+        expected = layer_norm(y + gelu_mlp(y, block), block.norm2)
+    else:
+        y = x + block.attention(layer_norm(x, block.norm1))
+        expected = y + gelu_mlp(layer_norm(y, block.norm2), block)
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_follows_attention_and_mlp_in_training():
+    block, x = Block(8, 2, 24, 0.5, "pre").train(), torch.randn(2, 5, 8)
+    dropped = (block.dropout(torch.ones(1000)) == 0).float().mean()
+    assert 0.4 < dropped < 0.6
+    assert not torch.equal(block(x), block(x))
+
+
+@pytest.mark.parametrize("head", ["tied", "cosine", "linear"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_mask_has_no_logit_and_every_head_works(head, norm):
+    model = tiny_model(head=head, norm=norm)
+    tokens = torch.tensor([[0, 4, model.mask_id, 2]])
+    logits = model(tokens, grid_coords(2, 2))
+    assert model.mask_id == 5 and logits.shape == (1, 4, 5)
+    if head == "cosine":
+        assert logits.abs().max() <= 1 + 1e-6
+
+
+def test_tied_and_cosine_heads_compare_with_the_embedding_table():
+    for head in ("tied", "cosine"):
+        model, seen = tiny_model(head=head), []
+        model.to_logits.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        logits = model(torch.tensor([[0, 1, 2, 5]]), grid_coords(2, 2))
+        for t, k in itertools.product(range(4), range(5)):
+            state, code = seen[0][0, t], model.embedding.weight[k]
+            expected = (state * code).sum()
+            expected = expected + model.bias[k] if head == "tied" else expected / (state.norm() * code.norm())
+            assert logits[0, t, k].item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_learned_temperature_multiplies_the_similarities():
+    model = tiny_model(head="cosine", learn_temperature=True)
+    tokens, coords = torch.tensor([[0, 1, 2, 5]]), grid_coords(2, 2)
+    before = model(tokens, coords)
+    with torch.no_grad():
+        model.log_scale.fill_(math.log(7))
+    torch.testing.assert_close(model(tokens, coords), 7 * before)
+    with pytest.raises(ValueError, match="cosine head"):
+        tiny_model(head="tied", learn_temperature=True)
+
+
+def test_only_coordinates_tell_the_order_of_tokens():
+    model, coords = tiny_model(), grid_coords(3, 3)
+    tokens, permutation = torch.randint(6, (2, 9), generator=seeded()), torch.randperm(9, generator=seeded())
+    shuffled = model(tokens[:, permutation], coords[permutation])
+    torch.testing.assert_close(shuffled, model(tokens, coords)[:, permutation], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(tokens[:, permutation], coords), model(tokens, coords)[:, permutation], atol=1e-3)
+
+
+def test_coordinates_may_differ_per_image():
+    model, tokens = tiny_model(), torch.randint(6, (2, 9), generator=seeded())
+    coords = torch.stack([grid_coords(3, 3), grid_coords(3, 3) * 1.7 + 0.3])
+    one_by_one = torch.cat([model(tokens[i : i + 1], coords[i]) for i in range(2)])
+    torch.testing.assert_close(model(tokens, coords), one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_model_refuses_unknown_choices():
+    for wrong in ({"norm": "none"}, {"head": "mlp"}, {"heads": 3}):
+        with pytest.raises(ValueError, match="choose|divisible"):
+            tiny_model(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Masking
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_fall_from_one_to_zero(name):
+    gamma, r = SCHEDULES[name], np.linspace(0, 1, 101)
+    assert gamma(0.0) == pytest.approx(1) and gamma(1.0) == pytest.approx(0, abs=1e-12)
+    assert (np.diff(gamma(r)) < 0).all()
+    assert gamma(0.3) == pytest.approx(gamma(r)[30])
+
+
+def test_schedules_at_one_half():
+    expected = {"cosine": 2**-0.5, "linear": 0.5, "square": 0.75, "cubic": 0.875, "sqrt": 1 - 2**-0.5}
+    expected |= {"arccos": 2 / 3, "log": 1 - math.log2(1.5), "exp": 1 - (math.e**0.5 - 1) / (math.e - 1)}
+    assert {name: float(gamma(0.5)) for name, gamma in SCHEDULES.items()} == pytest.approx(expected)
+
+
+def test_random_mask_hides_exact_counts():
+    ratios = torch.tensor([0.0, 0.01, 0.2, 0.5, 1.0])
+    mask = random_mask((5, 64), ratios, seeded())
+    assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [1, 1, 13, 32, 64]
+    assert random_mask((3, 10), 0.25, seeded()).sum(dim=1).tolist() == [3, 3, 3]
+    assert torch.equal(random_mask((3, 10), 0.25, seeded(1)), random_mask((3, 10), 0.25, seeded(1)))
+
+
+def test_random_mask_hides_every_token_equally_often():
+    frequency = random_mask((20000, 8), 0.25, seeded()).float().mean(dim=0)
+    assert (frequency - 0.25).abs().max() < 0.015  # 5 standard deviations
+
+
+def test_random_mask_refuses_impossible_ratios():
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        random_mask((2, 4), 1.5)
+
+
+def test_masked_cross_entropy_by_hand():
+    logits = torch.tensor([[[0.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])
+    targets = torch.tensor([[0, 1], [1, 0]])
+    mask = torch.tensor([[True, False], [True, True]])
+    hidden = [math.log(2), math.log(1 + math.exp(-1)), math.log(2)]
+    given = math.log(1 + math.exp(3))
+    assert masked_cross_entropy(logits, targets, mask).item() == pytest.approx(sum(hidden) / 3)
+    everything = masked_cross_entropy(logits, targets, mask, every_position=True)
+    assert everything.item() == pytest.approx((sum(hidden) + given) / 4)
+    smooth = masked_cross_entropy(logits, targets, mask, label_smoothing=0.2)
+    other = [math.log(2), math.log(1 + math.exp(1)), math.log(2)]  # of the wrong code
+    assert smooth.item() == pytest.approx(sum(0.9 * a + 0.1 * b for a, b in zip(hidden, other, strict=True)) / 3)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding
+
+ORDERS = ("entropy", "confidence", "random", "halton")
+
+
+def ragged_batch(seed, images=6, tokens=16, codes=5):
+    """Random tokens whose rows have different numbers of hidden ones, none and all among them."""
+    ids = torch.randint(codes, (images, tokens), generator=seeded(seed))
+    mask = torch.stack([torch.rand(tokens, generator=seeded(seed + i)) < i / (images - 1) for i in range(images)])
+    return ids, mask
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("sample", "steps"), [("categorical", 1), ("argmax", 5), ("categorical", 8), ("argmax", 40)])
+def test_decode_keeps_its_promises(order, schedule, sample, steps):
+    model, coords, trace = tiny_model(), grid_coords(4, 4), []
+    tokens, mask = ragged_batch(steps)
+    arguments = {"steps": steps, "schedule": schedule, "order": order, "sample": sample}
+    result = decode(model, tokens, mask, coords, generator=seeded(), trace=trace, **arguments)
+    assert torch.equal(result[~mask], tokens[~mask]), "given tokens come back unchanged"
+    assert result.min() >= 0 and result.max() < model.mask_id, "no [MASK] comes out"
+    assert torch.equal(result, decode(model, tokens, mask, coords, generator=seeded(), **arguments)), "same generator"
+
+    start = had = mask.sum(dim=1)
+    before = tokens.masked_fill(mask, model.mask_id)
+    for t, (now, hidden) in enumerate(trace, start=1):
+        committed = before != model.mask_id
+        assert torch.equal(now[committed], before[committed]), "a committed token never changes"
+        assert torch.equal(hidden, now == model.mask_id)
+        scheduled = [math.floor(SCHEDULES[schedule](t / steps) * n) for n in start.tolist()]
+        if t == steps:
+            scheduled = [0] * len(start)
+        expected = torch.tensor(scheduled).minimum(had - 1).clamp(min=0)
+        left = hidden.sum(dim=1)
+        assert (left <= expected).all() if order == "entropy" else torch.equal(left, expected)
+        before, had = now, left
+    assert len(trace) <= steps and not trace[-1][1].any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_decode_with_nothing_and_with_everything_hidden(order):
+    model, coords = tiny_model(), grid_coords(4, 4)
+    tokens = torch.randint(5, (3, 16), generator=seeded())
+    nothing, everything = torch.zeros(3, 16, dtype=torch.bool), torch.ones(3, 16, dtype=torch.bool)
+    assert torch.equal(decode(model, tokens, nothing, coords, order=order), tokens)
+    from_nothing = decode(model, tokens, everything, coords, order=order, generator=seeded())
+    other_contents = decode(model, (tokens + 1) % 5, everything, coords, order=order, generator=seeded())
+    assert from_nothing.max() < 5 and torch.equal(from_nothing, other_contents), "hidden contents do not matter"
+
+
+def test_decode_leaves_its_inputs_and_the_models_mode_alone():
+    model, (tokens, mask) = tiny_model(dropout=0.5).train(), ragged_batch(0)
+    tokens_before, mask_before = tokens.clone(), mask.clone()
+    results = [decode(model, tokens, mask, grid_coords(4, 4), generator=seeded()) for _ in range(2)]
+    assert torch.equal(*results), "dropout is off while decoding"
+    assert model.training and torch.equal(tokens, tokens_before) and torch.equal(mask, mask_before)
+
+
+class FixedMarginals:
+    """The same independent distributions whatever is visible."""
+
+    def __init__(self, probabilities):
+        self.log_probabilities = torch.tensor(probabilities).log()
+        self.mask_id, self.calls = self.log_probabilities.shape[-1], 0
+
+    def __call__(self, tokens, coords):
+        self.calls += 1
+        return self.log_probabilities.expand(len(tokens), -1, -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_decode_draws_from_the_model_at_a_temperature(temperature):
+    model = FixedMarginals([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+    hidden = torch.ones(40000, 2, dtype=torch.bool)
+    drawn = decode(
+        model, hidden.long(), hidden, grid_coords(1, 2), order="random", temperature=temperature, generator=seeded()
+    )
+    frequency = torch.nn.functional.one_hot(drawn, 3).float().mean(dim=0)
+    expected = model.log_probabilities.exp() ** (1 / temperature)
+    torch.testing.assert_close(frequency, expected / expected.sum(dim=-1, keepdim=True), rtol=0, atol=0.013)
+
+
+def committed_first(order, probabilities, **options):
+    """Which token a deterministic decode of one image commits at each step."""
+    t, trace = len(probabilities), []
+    hidden = torch.ones(1, t, dtype=torch.bool)
+    arguments = {"steps": t, "schedule": "cubic", "order": order, "sample": "argmax", "trace": trace} | options
+    decode(FixedMarginals(probabilities), hidden.long(), hidden, grid_coords(1, t), **arguments)
+    masks = [hidden, *(mask for _, mask in trace)]
+    return [(a & ~b).nonzero()[:, 1].tolist() for a, b in itertools.pairwise(masks)]
+
+
+def test_confidence_commits_the_most_probable_first():
+    probabilities = [[0.6, 0.4], [0.9, 0.1], [0.3, 0.7], [0.2, 0.8]]
+    for confidence in ("probability", "log_probability"):
+        found = committed_first("confidence", probabilities, confidence=confidence, choice_temperature=0.0)
+        assert found == [[1], [3], [2], [0]]
+
+
+def test_entropy_commits_the_certain_and_the_most_uncertain():
+    probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
+    assert committed_first("entropy", probabilities) == [[0, 1, 3], [2], [4]]
+    assert committed_first("entropy", probabilities, certain=0.0) == [[0], [2], [4], [1], [3]]
+
+
+def test_entropy_draws_the_uncertain_but_not_the_certain():
+    model = FixedMarginals([[0.995, 0.005], [0.6, 0.4]])
+    hidden = torch.ones(20000, 2, dtype=torch.bool)
+    drawn = decode(model, hidden.long(), hidden, grid_coords(1, 2), generator=seeded()).float().mean(dim=0)
+    assert drawn[0] == 0 and drawn[1].item() == pytest.approx(0.4, abs=0.02)
+
+
+def test_entropy_keeps_to_the_schedule_when_little_is_certain():
+    probabilities = [[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(8)]
+    assert committed_first("entropy", probabilities, steps=4, schedule="linear") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_halton_visits_the_quarters_in_turn():
+    trace, hidden = [], torch.ones(1, 64, dtype=torch.bool)
+    model = FixedMarginals([[0.5, 0.5]] * 64)
+    decode(model, hidden.long(), hidden, grid_coords(8, 8), steps=64, schedule="linear", order="halton", trace=trace)
+    masks = [hidden, *(mask for _, mask in trace)]
+    visited = [(a & ~b).nonzero()[0, 1].item() for a, b in itertools.pairwise(masks)]
+    assert sorted(visited) == list(range(64))
+    # By hand: radical inverses (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9) of a 7 x 7 box.
+    assert [(i % 8, i // 8) for i in visited[:4]] in ([(0, 0), (x, 2), (2, 5), (5, 1)] for x in (3, 4))
+
+
+def test_stop_after_commits_the_rest():
+    model, coords, trace = tiny_model(), grid_coords(4, 4), []
+    tokens, mask = ragged_batch(3)
+    arguments = {"steps": 10, "order": "confidence", "generator": seeded()}
+    result = decode(model, tokens, mask, coords, stop_after=3, trace=trace, **arguments)
+    full = []
+    decode(model, tokens, mask, coords, trace=full, **arguments | {"generator": seeded()})
+    assert len(trace) == 3 and torch.equal(trace[1][0], full[1][0]) and (result < model.mask_id).all()
+
+
+def test_finished_images_cost_no_more_calls():
+    model = FixedMarginals([[0.6, 0.4]] * 4)
+    sizes, call = [], model.__call__
+    counting = type(
+        "Counting", (), {"mask_id": 2, "__call__": lambda self, t, c: (sizes.append(len(t)), call(t, c))[1]}
+    )
+    mask = torch.tensor([[True] * 4, [True] + [False] * 3, [False] * 4])
+    decode(counting(), torch.zeros(3, 4, dtype=torch.int64), mask, grid_coords(2, 2), steps=4, order="random")
+    assert sizes == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"order": "raster"}, "unknown order"),
+        ({"schedule": "quadratic"}, "unknown schedule"),
+        ({"sample": "greedy"}, "unknown sample"),
+        ({"confidence": "margin"}, "unknown confidence"),
+        ({"steps": 0}, "at least 1"),
+        ({"stop_after": 0}, "at least 1"),
+        ({"temperature": 0.0}, "argmax"),
+        ({"mask": torch.zeros(6, 16)}, "bool"),
+        ({"tokens": torch.full((6, 16), 5)}, "codes are 0 .. 4"),
+    ],
+)
+def test_decode_refuses_bad_arguments(wrong, message):
+    tokens, mask = ragged_batch(0)
+    arguments = {"tokens": tokens, "mask": mask, "coords": grid_coords(4, 4)} | wrong
+    with pytest.raises(ValueError, match=message):
+        decode(tiny_model(), **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running
+
+
+def striped_batch(step):
+    """24 images of one colour each (codes 0 and 1), with very different numbers of hidden tokens."""
+    generator = seeded(step)
+    tokens = torch.randint(2, (24, 1), generator=generator).expand(24, 9).contiguous()
+    return tokens, random_mask(tokens.shape, torch.rand(24, generator=generator), generator), grid_coords(3, 3)
+
+
+def weights(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns_and_returns_the_log(optimizer, tmp_path):
+    model = tiny_model(codes=2)
+    rows = train(model, striped_batch, steps=150, log_steps=50, lr=0.01, optimizer=optimizer, out=tmp_path, warmup=5)
+    assert rows[-1]["loss"] < 0.2 < math.log(2)  # what is left: images hidden altogether
+    with open(tmp_path / "log.csv") as file:
+        saved = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in saved] == [50, 100, 150] == [row["step"] for row in rows]
+    assert [float(row["loss"]) for row in saved] == [row["loss"] for row in rows]
+    loaded = load_checkpoint(tmp_path / "model.pt")
+    assert torch.equal(weights(loaded["model"]), weights(model)) and loaded["step"] == 150
+    assert not loaded["model"].training and loaded["tokenizer"] is None
+
+
+def test_first_logged_loss_is_that_of_the_untrained_model():
+    model = tiny_model(codes=2)
+    tokens, mask, coords = striped_batch(0)
+    log_probs = model(tokens.masked_fill(mask, 2), coords).log_softmax(dim=-1)
+    expected = -log_probs.gather(-1, tokens[..., None])[..., 0][mask].mean().item()
+    assert train(model, striped_batch, steps=1)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_adamw_step_by_hand():
+    """One step of AdamW without clipping moves every weight by lr against the sign of its gradient, plus decay."""
+    model = tiny_model(codes=2)
+    tokens, mask, coords = striped_batch(0)
+    masked_cross_entropy(model(tokens.masked_fill(mask, 2), coords), tokens, mask).backward()
+    matrix = model.blocks[0].mlp[0].weight
+    before, gradient = matrix.detach().clone(), matrix.grad.clone()
+    model.zero_grad()
+    train(model, striped_batch, steps=1, lr=0.01, warmup=0, clip=math.inf, weight_decay=0.5)
+    large = gradient.abs() > 1e-5
+    expected = before * (1 - 0.01 * 0.5) - 0.01 * gradient.sign()
+    torch.testing.assert_close(matrix.detach()[large], expected[large], rtol=0, atol=2e-5)
+
+
+def test_muon_steps_are_orthogonal_and_only_for_the_blocks_matrices():
+    adamw, muon = maskgit.make_optimizers(tiny_model(), "muon", 0.01, (0.9, 0.95), 0.0)
+    assert sum(p.numel() for group in muon.param_groups for p in group["params"]) == 2 * (4 * 16 * 16 + 2 * 16 * 64)
+    model = tiny_model(codes=2)
+    matrix, (tokens, mask, coords) = model.blocks[0].attention.out.weight, striped_batch(0)
+    masked_cross_entropy(model(tokens.masked_fill(mask, 2), coords), tokens, mask).backward()
+    gradient, before = torch.linalg.svdvals(matrix.grad), matrix.detach().clone()
+    model.zero_grad()
+    train(model, striped_batch, steps=1, lr=0.01, warmup=0, optimizer="muon", weight_decay=0.0)
+    step = torch.linalg.svdvals((matrix.detach() - before) / (0.01 * 0.2 * math.sqrt(16)))
+    assert gradient[3] / gradient[0] < 0.2 and step[3] / step[0] > 0.5 and 0.6 < step[0] < 1.3
+
+
+def test_learning_rate_rises_and_falls():
+    assert learning_rate_factor(0, 100, 4, "linear") == pytest.approx(1 / 5)
+    assert learning_rate_factor(4, 100, 4, "linear") == pytest.approx(1)
+    assert learning_rate_factor(52, 100, 4, "linear") == pytest.approx(0.5)
+    assert learning_rate_factor(28, 100, 4, "cosine") == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert learning_rate_factor(0, 100, 0, "constant") == learning_rate_factor(99, 100, 0, "constant") == 1
+    with pytest.raises(ValueError, match="constant, linear, cosine"):
+        learning_rate_factor(0, 100, 0, "step")
+
+
+@pytest.mark.parametrize("accumulate", [1, 5, 24])
+def test_accumulated_parts_add_up_to_the_batchs_mean(accumulate):
+    """Parts with different numbers of hidden tokens must not be averaged as equals."""
+    model, (tokens, mask, coords) = tiny_model(codes=2), striped_batch(0)
+    inputs = tokens.masked_fill(mask, 2)
+    loss = torch.nn.functional.cross_entropy(model(inputs, coords)[mask], tokens[mask])
+    loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    total = maskgit.backward(model, inputs, coords, tokens, mask, 0.0, accumulate)
+    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_smaller_than_its_parts_is_refused():
+    with pytest.raises(ValueError, match="cannot be split"):
+        train(tiny_model(codes=2), striped_batch, steps=1, accumulate=25)
+
+
+def test_every_position_trains_on_given_tokens_too():
+    model = tiny_model(codes=2)
+    tokens, mask, coords = striped_batch(0)
+    log_probs = model(tokens.masked_fill(mask, 2), coords).log_softmax(dim=-1)
+    expected = -log_probs.gather(-1, tokens[..., None]).mean().item()
+    assert train(model, striped_batch, steps=1, every_position=True)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_moving_average_is_what_comes_out(tmp_path):
+    path = []
+    plain = tiny_model(codes=2)
+    for steps in (1, 2, 3):
+        model = tiny_model(codes=2)
+        train(model, striped_batch, steps=steps, lr=0.01, decay="constant", warmup=0)
+        path.append(weights(model))
+    train(plain, striped_batch, steps=3, lr=0.01, decay="constant", warmup=0, ema=0.8, out=tmp_path)
+    expected = path[0]
+    for later in path[1:]:
+        expected = 0.8 * expected + 0.2 * later
+    torch.testing.assert_close(weights(plain), expected, rtol=0, atol=1e-6)
+    assert torch.equal(weights(load_checkpoint(tmp_path / "model.pt")["model"]), weights(plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "optimizer": "muon", "accumulate": 3}])
+def test_resumed_run_is_bit_identical(options, tmp_path):
+    """With dropout, after a run that broke off between two checkpoints and two rows of the log."""
+    arguments = {"steps": 20, "log_steps": 6, "lr": 0.01, "checkpoint_steps": 4, "config": {"dim": 16}} | options
+
+    def breaks_off(step):
+        if step == 11:
+            raise KeyboardInterrupt
+        return striped_batch(step)
+
+    undisturbed, resumed = tiny_model(codes=2, dropout=0.1), tiny_model(codes=2, dropout=0.1)
+    rows = train(undisturbed, striped_batch, **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, breaks_off, out=tmp_path, **arguments)
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 8
+    again = tiny_model(seed=1, codes=2, dropout=0.1)
+    resumed_rows = train(again, striped_batch, out=tmp_path, resume=True, **arguments)
+    assert torch.equal(weights(again), weights(undisturbed))
+    assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
+    with open(tmp_path / "log.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [6, 12, 18, 20]
+
+
+def test_resume_refuses_another_configuration_and_no_checkpoint(tmp_path):
+    model = tiny_model(codes=2)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        train(model, striped_batch, steps=2, out=tmp_path, resume=True)
+    train(model, striped_batch, steps=2, out=tmp_path, config={"lr": 0.1})
+    with pytest.raises(ValueError, match="lr=0.1, not 0.2"):
+        train(model, striped_batch, steps=2, out=tmp_path, config={"lr": 0.2}, resume=True)
+    save_checkpoint(tmp_path / "model.pt", model)
+    with pytest.raises(ValueError, match="without training state"):
+        train(model, striped_batch, steps=2, out=tmp_path, resume=True)
+
+
+def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
+    model = tiny_model(codes=2)
+
+    def poisoned(step):
+        if step == 5:
+            with torch.no_grad():
+                model.embedding.weight.fill_(math.nan)
+        return striped_batch(step)
+
+    with pytest.raises(ValueError, match="no longer finite at step 6"):
+        train(model, poisoned, steps=20, log_steps=2, checkpoint_steps=2, out=tmp_path)
+    loaded = load_checkpoint(tmp_path / "model.pt")
+    assert loaded["step"] == 4 and weights(loaded["model"]).isfinite().all()
+
+
+def test_bf16_trains_close_to_float32():
+    losses = {}
+    for precision in ("float32", "bf16"):
+        model = tiny_model(codes=2)
+        losses[precision] = train(model, striped_batch, steps=30, log_steps=30, precision=precision)[0]["loss"]
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert losses["bf16"] == pytest.approx(losses["float32"], rel=0.05) and losses["bf16"] != losses["float32"]
+
+
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, tiny_model(), step=1)
+
+    def disk_full(contents, file):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, tiny_model(), step=2)
+    assert load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, tiny_model())
+    whole = path.read_bytes()
+    contents = torch.load(path)
+    damaged = {
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "text": b"not a checkpoint",
+        "flipped": whole[:100] + bytes([whole[100] ^ 255]) + whole[101:],
+    }
+    for name, data in damaged.items():
+        path.write_bytes(data)
+        try:
+            load_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error), name
+        else:
+            assert name == "flipped"  # the flipped byte may lie in padding
+    others = [Malicious(), [1, 2], {"weights": 1}, contents | {"architecture": {"codes": 5}}]
+    for wrong in [*others, contents | {"weights": {}}]:
+        torch.save(wrong, path)
+        with pytest.raises(ValueError, match="model.pt") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        load_checkpoint(tmp_path / "missing.pt")
+
+
+def test_pick_device():
+    assert pick_device("cpu").type == "cpu" and pick_device().type in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="unknown device"):
+        pick_device("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA"):
+            pick_device("cuda")
+
+
+def test_seed_everything_repeats_all_three():
+    draws = []
+    for _ in range(2):
+        seed_everything(3)
+        draws.append((torch.rand(1).item(), np.random.rand(), __import__("random").random()))
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_cuda_trains_and_decodes_like_the_cpu(precision):
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(codes=2).to(device)
+        losses.append(train(model, striped_batch, steps=20, log_steps=20, precision=precision)[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    hidden = torch.ones(4, 9, dtype=torch.bool, device="cuda")
+    for order in ORDERS:
+        generator = torch.Generator("cuda").manual_seed(0)
+        filled = decode(model, hidden.long(), hidden, grid_coords(3, 3).cuda(), order=order, generator=generator)
+        assert filled.is_cuda and filled.max() < 2
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_image_grid_puts_each_image_in_its_place():
+    images = np.arange(6).reshape(6, 1, 1, 1) / 10 * np.ones((6, 2, 3, 1))
+    sheet = np.asarray(image_grid(images, 4, scale=5, gap=2))
+    assert sheet.shape == (2 * 12 + 2, 4 * 17 + 2, 3)
+    for i in range(6):
+        top, left = 2 + i // 4 * 12, 2 + i % 4 * 17
+        assert (sheet[top : top + 10, left : left + 15] == round(i / 10 * 255)).all()
+    assert (sheet[:2] == 255).all() and (sheet[14:, 36:] == 255).all()
+    colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
+    assert np.asarray(image_grid(colour, 1, titles=["orange"]))[-5, 4].tolist() == [255, 128, 0]
+
+
+def test_axis_ticks_are_round_and_inside():
+    assert maskgit.Axis([0, 1], 0, 100, False).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert maskgit.Axis([3, 7000], 0, 100, True).ticks() == [10, 100, 1000]
+    assert maskgit.Axis([0.15, 0.7], 0, 100, True).ticks() == pytest.approx([0.2, 0.5])
+    axis = maskgit.Axis([1, 100], 200, 0, True)
+    assert axis(1) == 200 and axis(10) == pytest.approx(100) and axis(100) == 0
+    for low, high in ((0.2, 0.21), (-3, 12345), (5, 5)):
+        axis = maskgit.Axis([low, high], 0, 100, False)
+        assert 2 <= len(axis.ticks()) <= 7 and all(axis.low <= tick <= axis.high + 1e-9 for tick in axis.ticks())
+
+
+def test_line_plot_draws_the_curve_where_it_belongs():
+    picture = line_plot(
+        {"flat": ([0, 1], [0.5, 0.5])}, title="t", x_label="x", y_label="y", references={"a": 0, "b": 1}
+    )
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    blue = (np.abs(pixels - [0, 0x72, 0xB2]).sum(axis=-1) < 60)[:, 80:650].nonzero()
+    assert abs(np.median(blue[0]) - (60 + 480) / 2) <= 2 and blue[1].max() - blue[1].min() > 560
+    with pytest.raises(ValueError, match="nothing to plot"):
+        line_plot({"empty": ([1, 2], [math.nan, -1])}, title="t", x_label="x", y_label="y", log_y=True)
+
+
+def test_gif_has_every_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), (60 * i, 0, 0)) for i in range(4)]
+    save_gif(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 4 and gif.info["loop"] == 0
+
+
+# ---------------------------------------------------------------------------------------------------
+# train_squares.py: the prior, its posterior, scores
+
+
+@pytest.mark.parametrize(("sides", "count"), [((2, 5), 126), ((2, 6), 135), ((1, 4), 174)])
+def test_number_of_squares(sides, count):
+    prior = train_squares.all_squares(8, *sides)
+    assert prior.shape == (count, 64) and len({tuple(image) for image in prior.tolist()}) == count
+    for image in prior.reshape(-1, 8, 8):
+        ys, xs = image.nonzero().T
+        side = int(ys.max() - ys.min()) + 1
+        assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and sides[0] <= side <= sides[1]
+
+
+def posterior_by_counting(prior, tokens, mask):
+    """For one image: {pixel: share of white} over the images that agree with the visible pixels, by sets."""
+    visible = [(p, int(tokens[p])) for p in range(len(tokens)) if not mask[p]]
+    agreeing = [image for image in prior.tolist() if all(image[p] == colour for p, colour in visible)]
+    return [sum(image[p] for image in agreeing) / len(agreeing) for p in range(len(tokens))]
+
+
+def test_posterior_equals_counting():
+    prior = train_squares.all_squares(8, 2, 5)
+    tokens = prior[torch.randint(126, (40,), generator=seeded())]
+    mask = train_squares.draw_mask("cosine", tokens.shape, seeded(1))
+    found = train_squares.posterior(prior, tokens, mask)
+    for row in range(40):
+        assert found[row].tolist() == pytest.approx(posterior_by_counting(prior, tokens[row], mask[row]))
+    nothing_visible = train_squares.posterior(prior, tokens[:1], torch.ones(1, 64, dtype=torch.bool))
+    torch.testing.assert_close(nothing_visible[0], prior.float().mean(dim=0))
+
+
+class PosteriorModel(torch.nn.Module):
+    """The exact posterior, as a module that score() accepts."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(()))
+        self.exact = train_squares.ExactModel(prior)
+
+    def forward(self, tokens, coords):
+        return self.exact(tokens, coords).clamp(min=-50)
+
+
+def test_the_posterior_scores_at_its_own_limit_which_is_the_known_one():
+    prior = train_squares.all_squares(8, 2, 5)
+    result = train_squares.score(PosteriorModel(prior), prior, "cosine", 4096, 1)
+    assert result["kl"] == pytest.approx(0, abs=1e-6)
+    assert result["accuracy"] == pytest.approx(result["posterior_accuracy"], abs=1e-6)
+    assert result["limit"] == pytest.approx(0.216, abs=0.006) and result["accuracy"] == pytest.approx(0.910, abs=0.004)
+    assert train_squares.score(PosteriorModel(prior), prior, "single", 4096, 1)["accuracy"] > 0.99
+
+
+def test_score_is_the_expected_loss():
+    """Against drawing the hidden pixels: the mean log loss of an untrained model on 126 equally likely images."""
+    prior, model = train_squares.all_squares(8, 2, 5), tiny_model(codes=2)
+    result = train_squares.score(model, prior, "cosine", 4096, 1)
+    tokens = prior[torch.randint(126, (4096,), generator=seeded(2))]
+    mask = train_squares.draw_mask("cosine", tokens.shape, seeded(3))
+    with torch.no_grad():
+        log_probs = model(tokens.masked_fill(mask, 2), grid_coords(8, 8)).log_softmax(dim=-1)
+    drawn = -log_probs.gather(-1, tokens[..., None])[..., 0][mask]
+    assert result["cross_entropy"] == pytest.approx(drawn.mean().item(), rel=0.02)
+    correct = (log_probs.argmax(dim=-1) == tokens)[mask].float().mean().item()
+    assert result["accuracy"] == pytest.approx(correct, abs=0.02)
+
+
+def test_cosine_heads_limit_by_brute_force():
+    """No pair of similarities in [-1, 1] does better on any pixel."""
+    prior = train_squares.all_squares(8, 2, 5)
+    generator = seeded(train_squares.TEST_SEED)
+    tokens = prior[torch.randint(126, (200,), generator=generator)]
+    mask = train_squares.draw_mask("cosine", tokens.shape, generator)
+    white = train_squares.posterior(prior, tokens, mask)[mask][:, None]
+    difference = torch.linspace(-2, 2, 401)
+    losses = white * torch.nn.functional.softplus(-difference) + (1 - white) * torch.nn.functional.softplus(difference)
+    best = losses.amin(dim=1).mean().item()
+    assert train_squares.cosine_head_limit(prior, "cosine", 200) == pytest.approx(best, abs=1e-4)
+
+
+def test_epochs_show_every_image_as_often():
+    settings = train_squares.argparse.Namespace(grid=8, seed=3, batch_size=50, presentations=2, mask="single")
+    prior = train_squares.all_squares(8, 2, 5)
+    batch = train_squares.make_batch(prior, settings)
+    shown = torch.cat([batch(step)[0] for step in range(126)])  # 6300 images: 25 epochs of 252
+    counts = (shown[:, None] == prior).all(dim=-1).sum(dim=0)
+    assert (counts == 50).all()
+    first = torch.cat([batch(step)[0] for step in range(6)])[:252]
+    assert ((first[:, None] == prior).all(dim=-1).sum(dim=0) == 2).all()
+    again = train_squares.make_batch(prior, settings)
+    assert all(torch.equal(a, b) for a, b in zip(batch(7), again(7), strict=True))
+
+
+def test_draw_mask_kinds():
+    cosine = train_squares.draw_mask("cosine", (1000, 64), seeded()).sum(dim=1)
+    expected = [math.ceil(64 * math.cos(math.pi / 2 * (i + 0.5) / 1000)) for i in range(1000)]
+    assert (cosine - torch.tensor(expected)).abs().max() <= 1
+    assert (train_squares.draw_mask("single", (9, 64), seeded()).sum(dim=1) == 1).all()
+    assert (train_squares.draw_mask("0.2", (9, 64), seeded()).sum(dim=1) == 13).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# train_squares.py: completions
+
+
+def test_total_variation_by_hand():
+    prior = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0]])
+    tokens = torch.tensor([[0, 0, 0]] * 8)
+    mask = torch.tensor([[False, True, True]] * 8)  # leaves the first two images, equally likely
+    matches = torch.zeros(8, 3, dtype=torch.bool)
+    matches[:5, 0] = matches[5:7, 1] = True  # the eighth is no image at all
+    found, floor = train_squares.total_variation(prior, tokens, mask, matches)
+    assert found == pytest.approx((abs(5 / 8 - 1 / 2) + abs(2 / 8 - 1 / 2) + 1 / 8) / 2)
+    exact = sum(math.comb(8, k) / 2**8 * abs(k / 8 - 1 / 2) for k in range(9))
+    assert floor == pytest.approx(exact, abs=0.03)
+
+
+def test_entropy_order_samples_the_squares_exactly():
+    """With the posterior's marginals: all valid, as close to uniform as exact sampling, few calls."""
+    prior = train_squares.all_squares(8, 2, 5)
+    tokens, mask = train_squares.completion_inputs(prior, 2000, 1)["nothing visible"]
+    options = {"order": "entropy", "steps": 20, "certain": 0.02}
+    result = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", options, 0)
+    assert result["valid"] == 1 and result["calls"] < 9.2 and result["most_calls"] <= 20
+    assert result["total_variation"] < result["exact_sampling"] + 0.015
+    paper = {"order": "confidence", "steps": 16}
+    worse = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", paper, 0)
+    assert 0.70 < worse["valid"] < 0.88 and worse["calls"] == 16
+
+
+def test_half_hidden_completions_agree_with_what_is_visible():
+    prior = train_squares.all_squares(8, 2, 5)
+    for given, (tokens, mask) in train_squares.completion_inputs(prior, 100, 1).items():
+        result = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", {}, 0)
+        assert result["valid"] == 1, given
+    half = train_squares.completion_inputs(prior, 100, 1)
+    assert (half["random half"][1].sum(dim=1) == 32).all()
+    assert (
+        half["left half"][1].reshape(-1, 8, 8)[:, :, 4:].all()
+        and not half["left half"][1].reshape(-1, 8, 8)[:, :, :4].any()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# train_squares.py as a user runs it
+
+TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batch-size", "16", "--draws", "20"]
+TINY += ["--device", "cpu", "--precision", "float32"]
+
+
+def call(monkeypatch, *arguments):
+    """Run train_squares in this process as its command line would be; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["train_squares.py", *map(str, arguments)])
+    try:
+        maskgit.run_as_script(train_squares.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    figures = tmp_path / "figures.json"
+    assert call(monkeypatch, *TINY, "--steps", 30, "--out", out, "--json", figures) == 0
+    screen = capsys.readouterr().out
+    assert "cosine masking" in screen and "one masked pixel" in screen and str(out / "samples.png") in screen
+    names = {"model.pt", "log.csv", "metrics.json", "loss.png", "samples.png", "prior.png", "decode.gif"}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names:
+        if name.endswith((".png", ".gif")):
+            with Image.open(out / name) as picture:
+                picture.verify()
+    metrics = json.loads(figures.read_text())
+    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert {"command", "commit", "machine", "settings", "seconds", "tasks", "completions"} <= metrics.keys()
+    for task in metrics["tasks"].values():
+        assert task["kl"] > 0 and task["accuracy"] <= task["posterior_accuracy"]
+
+    before = (out / "model.pt").read_bytes()
+    assert call(monkeypatch, *TINY, "--steps", 30, "--out", out) == 2, "a finished run is not overwritten"
+    assert (out / "model.pt").read_bytes() == before
+    assert call(monkeypatch, "--completions", "--out", tmp_path / "nothing") == 2
+    assert call(monkeypatch, *TINY, "--steps", 31, "--out", out, "--force") == 0
+    assert load_checkpoint(out / "model.pt")["step"] == 31
+
+
+def test_killed_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
+    arguments = [*TINY, "--steps", "400", "--checkpoint-steps", "20", "--dropout", "0.1", "--ema", "0.9"]
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "undisturbed") == 0
+    out = tmp_path / "killed"
+    script = [sys.executable, str(HERE / "train_squares.py"), *arguments, "--out", str(out)]
+    process = subprocess.Popen(script, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "model.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < load_checkpoint(out / "model.pt")["step"] < 400
+    assert call(monkeypatch, *arguments, "--out", out, "--resume") == 0
+    resumed, undisturbed = (load_checkpoint(tmp_path / name / "model.pt") for name in ("killed", "undisturbed"))
+    assert torch.equal(weights(resumed["model"]), weights(undisturbed["model"]))
+
+
+def test_two_processes_agree_with_one(tmp_path, monkeypatch):
+    """torchrun with gloo, the same global batch: equal loss and weights, one writer."""
+    arguments = [*TINY, "--steps", "12", "--optimizer", "adamw", "--lr", "0.001", "--accumulate", "2"]
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "one") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [*torchrun, str(HERE / "train_squares.py"), *arguments, "--out", str(tmp_path / "two")]
+    finished = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("cosine masking") == 1
+    one, two = (load_checkpoint(tmp_path / name / "model.pt") for name in ("one", "two"))
+    torch.testing.assert_close(weights(two["model"]), weights(one["model"]), rtol=0, atol=1e-4)
+    losses = []
+    for name in ("one", "two"):
+        with open(tmp_path / name / "log.csv") as file:
+            losses.append([float(row["loss"]) for row in csv.DictReader(file)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_completions_and_ablation_on_a_small_scale(tmp_path, monkeypatch, capsys):
+    small = [*TINY, "--grid", "4", "--max-side", "3", "--steps", "6", "--out", tmp_path]
+    assert call(monkeypatch, *small) == 0
+    assert call(monkeypatch, "--completions", "--draws", "20", "--out", tmp_path) == 0
+    rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
+    combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
+    assert len(rows) == len(combinations) == 3 * len(train_squares.ORDERS) * len(SCHEDULES) * 7 * 2
+    monkeypatch.setitem(train_squares.ABLATION, "dim", 8)
+    monkeypatch.setitem(train_squares.ABLATION, "layers", 1)
+    assert call(monkeypatch, "--ablation", "--steps", "4", "--out", tmp_path, "--device", "cpu") == 0
+    runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
+    assert len(runs) == 3 * len(train_squares.ablation_variants())
+    for name in ("ablation.png", "completions_model.png", "completions_exact.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.verify()
+
+
+def test_ablation_variants_differ_from_the_recipe_as_they_say():
+    variants = train_squares.ablation_variants()
+    changed = {
+        name: sum(train_squares.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()
+    }
+    assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
+    assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
+
+
+def test_presets_carry_the_sources_numbers(monkeypatch):
+    def settings(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train_squares.py", *arguments])
+        return train_squares.parse_arguments()
+
+    one, two = settings("--preset", "post1"), settings("--preset", "post2", "--lr", "0.001")
+    assert (one.dim, one.hidden, one.layers, one.heads, one.dropout) == (768, 3072, 6, 8, 0.1)
+    assert (one.norm, one.head, one.positions, one.batch_size, one.steps) == ("post", "cosine", "printed", 126, 300)
+    assert (two.dim, two.hidden, two.layers, two.heads, two.min_side, two.max_side) == (640, 1600, 6, 8, 1, 4)
+    assert two.steps == 300 * 40 and two.mask == "0.2" and two.lr == 0.001
+    assert settings("--preset", "post2", "--steps", "7").steps == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--steps", "many"],
+        ["--stepz", "3"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--mask", "1.5"],
+        ["--mask", "half"],
+        ["--dropout", "1"],
+        ["--ema", "2"],
+        ["--norm", "none"],
+        ["--preset", "post3"],
+        ["--grid", "4", "--max-side", "5"],
+        ["--min-side", "4", "--max-side", "3"],
+        ["--heads", "5"],
+        ["--dim", "6", "--heads", "2"],
+        ["--learn-temperature"],
+        ["--device", "tpu"],
+        ["--device", "cuda:99"],
+        ["--accumulate", "1000"],
+        ["--draws", "0"],
+        ["--resume"],
+        ["--completions"],
+    ],
+)
+def test_bad_input_gets_one_line_and_code_2(arguments, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "--out", tmp_path / "run", *arguments) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_an_out_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert call(monkeypatch, *TINY, "--steps", "2", "--out", tmp_path / "file" / "run") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# The README
+
+
+def test_readme_example_runs_on_maskgit_alone(tmp_path):
+    """maskgit.py in an empty folder, and the README's example word for word."""
+    readme = (HERE / "README.md").read_text()
+    example = re.search(r"```python\n(import torch.*?)```", readme, re.DOTALL)[1]
+    shutil.copy(HERE / "maskgit.py", tmp_path)
+    (tmp_path / "example.py").write_text(example)
+    finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert re.search(r"[01]", finished.stdout)
+
+
+def test_help_names_every_flag_and_pins_are_exact():
+    shown = subprocess.run([sys.executable, HERE / "train_squares.py", "--help"], capture_output=True, text=True)
+    for flag in ("--device", "--seed", "--preset", "--resume", "--precision", "--compile", "--ablation", "--mask"):
+        assert flag in shown.stdout
+    pins = (HERE / "requirements.txt").read_text().split()
+    assert sorted(pin.split("==")[0] for pin in pins) == ["numpy", "pillow", "pytest", "torch"]
+    assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in pins)
