@@ -886,23 +886,21 @@ class Axis:
     """Maps the range of some values, linearly or by logarithm, to the pixels from `start` to `end`."""
 
     def __init__(self, values, start, end, log):
-        self.log, self.start, self.end = log, start, end
+        self.start, self.end, self.scale = start, end, math.log10 if log else float
         self.low, self.high = min(values), max(values)
         if self.low == self.high:  # a range of some width, whatever there is to show
             self.low, self.high = (self.low / 2, self.high * 2) if log else (self.low - 0.5, self.high + 0.5)
 
     def __call__(self, value):
-        scale = math.log10 if self.log else float
-        share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
-        return self.start + share * (self.end - self.start)
+        low, high = self.scale(self.low), self.scale(self.high)
+        return self.start + (self.scale(value) - low) / (high - low) * (self.end - self.start)
 
     def ticks(self):
-        """Three to seven round numbers; on a log axis 1, 2 and 5 times the powers of ten, or the powers alone."""
-        if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            factors = (1,) if len(powers) > 3 else (1, 2, 5)
-            ticks = [factor * 10.0**power for power in powers for factor in factors]
-            return [tick for tick in ticks if self.low <= tick <= self.high]
+        """Three to seven round numbers; the powers of ten alone where there are three of them on a log axis."""
+        if self.scale is math.log10:
+            powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
+            if len(powers) >= 3:
+                return [10.0**power for power in powers]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 6)
         return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
@@ -926,7 +924,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
         raise ValueError(f"nothing to plot in {title!r}")
     left, right, top, bottom = 160, 1300, 120, 960  # drawn at twice the size, for smooth lines
     x_axis = Axis([x for x, _ in points], left, right, log_x)
-    y_axis = Axis([y for _, y in points] + list(references.values()), bottom, top, log_y)
+    y_axis = Axis([y for _, y in points] + list(references.values()), bottom - 24, top, log_y)
 
     sheet = Image.new("RGB", (1800, 1100), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)

@@ -164,8 +164,6 @@ ORDERS = {
     "random": {"order": "random"},
     "halton": {"order": "halton"},
 }
-# A run's short table: decode's defaults, and the others with the reports' number of steps.
-SHORT_TABLE = [("entropy", {})] + [(name, {"steps": 16}) for name in ("confidence", "confidence, no noise", "random")]
 
 
 def completion_inputs(prior, draws, seed):
@@ -221,10 +219,10 @@ def judge(model, prior, tokens, mask, device, options, seed):
     return result | {"calls": calls.mean().item(), "most_calls": int(calls.max())}
 
 
-def compare_orders(model, prior, device, draws, decoders, seed):
+def compare_orders(model, prior, device, inputs, decoders, seed):
     """A row per input, order and kind of marginals: the trained model's, and the exact posterior's in its place."""
     rows = []
-    for given, (tokens, mask) in completion_inputs(prior, draws, seed).items():
+    for given, (tokens, mask) in inputs.items():
         for order, options in decoders:
             for marginals, predictor in (("model", model), ("exact", ExactModel(prior.to(device)))):
                 result = judge(predictor, prior, tokens, mask, device, ORDERS[order] | options, seed)
@@ -301,7 +299,11 @@ def run(settings):
         return
 
     tasks = {kind: score(model, prior, kind, 8192, TEST_SEED) for kind in {settings.mask: "", **TASKS}}
-    completions = compare_orders(model, prior, device, settings.draws, SHORT_TABLE, TEST_SEED)
+    inputs = completion_inputs(prior, settings.draws, TEST_SEED)
+    completions = compare_orders(model, prior, device, inputs, [("entropy", {})], TEST_SEED)
+    nothing = {"nothing visible": inputs["nothing visible"]}
+    others = [(order, {"steps": 16}) for order in ("confidence", "random")]
+    completions += compare_orders(model, prior, device, nothing, others, TEST_SEED)
     column = {name: [row[name] for row in history] for name in history[0]}
     line_plot(
         {
@@ -381,7 +383,8 @@ def run_completions(settings):
     prior = all_squares(config["grid"], config["min_side"], config["max_side"])
     steps = (1, 2, 4, 8, 16, 32, 64)
     grid = [(order, {"schedule": schedule, "steps": t}) for order in ORDERS for schedule in SCHEDULES for t in steps]
-    rows = compare_orders(checkpoint["model"], prior, device, settings.draws, grid, TEST_SEED)
+    inputs = completion_inputs(prior, settings.draws, TEST_SEED)
+    rows = compare_orders(checkpoint["model"], prior, device, inputs, grid, TEST_SEED)
     write_figures(settings, "completions.json", {"completions": rows})
     shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
     for marginals in ("model", "exact"):
