@@ -850,7 +850,8 @@ def load_checkpoint(path, device="cpu"):
 # Pictures
 
 PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933", "#882255"]
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
