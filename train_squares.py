@@ -487,13 +487,13 @@ PRESETS = {
         **{"min_side": 1, "max_side": 4, "presentations": 40, "batch_size": 174},
     },
 }
-# The ablation's size and budget, alike for all variants. S1's epoch is one update, so 600 updates are 600 epochs.
+# The ablation's size and budget, alike for all variants. S1's epoch is one update, so 500 updates are 500 epochs.
 ABLATION = {
     **REPORTED,
     **{"dim": 64, "hidden": 256, "layers": 4, "heads": 4, "lr": 1e-3},
     **{"batch_size": 126, "presentations": 1, "mask": "cosine"},
 }
-ABLATION_STEPS = 600
+ABLATION_STEPS = 500
 # What a resumed run may do differently; everything else would change its weights.
 MAY_CHANGE = {"preset", "completions", "ablation", "out", "json", "resume", "force", "device", "compile", "tensorboard"}
 MAY_CHANGE |= {"checkpoint_steps", "draws"}
