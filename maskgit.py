@@ -492,10 +492,10 @@ def evaluation_mode(model):
 
 @contextlib.contextmanager
 def precision_context(device, precision):
-    """Run what is inside in "float32", or in "bf16" by autocast (weights and logits' loss stay float32).
+    """Run what is inside in "float32", or in "bf16" by autocast; weights and loss stay float32.
 
-    On a CPU the fused attention kernel is slow to differentiate in bf16: the plain one trains the squares
-    three times as fast, so it is asked for there.
+    On a CPU the fused attention kernel is slower to differentiate in bf16 than in float32, so the plain one, which
+    is faster, is asked for there.
     """
     if precision == "float32":
         yield
@@ -585,8 +585,8 @@ class TrainingState:
         """Over the steps since the last row of history."""
         return float(self.loss_sum) / (self.step - (self.history[-1]["step"] if self.history else 0))
 
-    def log_row(self, gradient_norm, validate):
-        """The next row of history, with the figures of the validated model."""
+    def log(self, gradient_norm, validate):
+        """Add a row to history, with the figures of the validated model."""
         row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2))
         row |= dict(lr=self.optimizers[0].param_groups[0]["lr"], gradient_norm=float(gradient_norm))
         if validate:
@@ -594,7 +594,6 @@ class TrainingState:
                 row |= validate(self.result())
         self.history.append(row)
         self.loss_sum = 0.0
-        return row
 
     def require_finite(self, gradient_norm):
         if not math.isfinite(float(self.loss_sum) + float(gradient_norm)):
@@ -620,30 +619,27 @@ class TrainingState:
 class TrainingLog:
     """Where a run reports: a progress line on stderr, log.csv and, if asked for, TensorBoard."""
 
-    def __init__(self, out, first_step, steps, history, tensorboard):
-        self.out, self.steps = out, steps
+    def __init__(self, out, first_step, steps, tensorboard):
+        self.path = out and out / "log.csv"
+        self.first_step, self.steps = first_step, steps
         self.started = self.printed = time.monotonic()
-        self.first_step = first_step
+        self.opened = False
         self.board = tensorboard_writer(out) if tensorboard else None
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "log.csv").unlink(missing_ok=True)  # a resumed run rewrites the rows of its checkpoint
-            for row in history:
-                self.write_csv(row)
 
-    def write(self, row):
-        if self.out:
-            self.write_csv(row)
+    def write(self, history):
+        """Add the last row of history; at first all rows, those of the checkpoint that was resumed."""
+        rows = history[-1:] if self.opened else history
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a" if self.opened else "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                if not self.opened:
+                    writer.writeheader()
+                writer.writerows(rows)
         if self.board:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["step"])
-
-    def write_csv(self, row):
-        with open(self.out / "log.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+            for name, value in history[-1].items():
+                self.board.add_scalar(name, value, history[-1]["step"])
+        self.opened = True
 
     def print_progress(self, state):
         """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
@@ -714,8 +710,8 @@ def train(
     path = Path(out) / "model.pt" if out else None
     state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema)
     if resume:
-        state.load_state_dict(read_training_state(path, config, device))
-    log = TrainingLog(path and path.parent, state.step, steps, state.history, tensorboard) if rank == 0 else None
+        resume_training(state, path, config, device)
+    log = TrainingLog(path and path.parent, state.step, steps, tensorboard) if rank == 0 else None
     network = torch.compile(model) if compile else model
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -743,7 +739,8 @@ def train(
         if logs or saves:
             state.require_finite(gradient_norm)
         if log and logs:
-            log.write(state.log_row(gradient_norm, validate))
+            state.log(gradient_norm, validate)
+            log.write(state.history)
         if log and path and saves:
             save_checkpoint(path, state.result(), config=config, step=state.step, training=state.state_dict())
             saved = time.monotonic()
@@ -814,19 +811,21 @@ def first_line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def read_training_state(path, config, device):
-    """What TrainingState needs to resume; ValueError if the run was started with another config."""
+def resume_training(state, path, config, device):
+    """Put `state` where the run at `path` stopped; ValueError if that run had another config."""
     contents = read_checkpoint(path, device)
     before, now = contents["config"] or {}, config or {}
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"{path} was trained with {name}={before.get(name)}, not {now.get(name)}; resume with the same"
-        )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise ValueError(
+                f"{path} was trained with {name}={before.get(name)}, not {now.get(name)}; resume as it was"
+            )
     if contents["training"] is None:
-        raise ValueError(f"{path} holds a finished model without training state; it cannot be resumed")
-    return contents["training"]
+        raise ValueError(f"{path} holds a model without its training state; it cannot be resumed")
+    try:
+        state.load_state_dict(contents["training"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit this run: {first_line(error)}") from None
 
 
 def load_checkpoint(path, device="cpu"):

@@ -574,8 +574,11 @@ def test_resume_refuses_another_configuration_and_no_checkpoint(tmp_path):
     train(model, striped_batch, steps=2, out=tmp_path, config={"lr": 0.1})
     with pytest.raises(ValueError, match="lr=0.1, not 0.2"):
         train(model, striped_batch, steps=2, out=tmp_path, config={"lr": 0.2}, resume=True)
+    save_checkpoint(tmp_path / "model.pt", model, training={"model": {}})
+    with pytest.raises(ValueError, match="does not fit this run"):
+        train(model, striped_batch, steps=2, out=tmp_path, resume=True)
     save_checkpoint(tmp_path / "model.pt", model)
-    with pytest.raises(ValueError, match="without training state"):
+    with pytest.raises(ValueError, match="without its training state"):
         train(model, striped_batch, steps=2, out=tmp_path, resume=True)
 
 
@@ -592,6 +595,12 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
         train(model, poisoned, steps=20, log_steps=2, checkpoint_steps=2, out=tmp_path)
     loaded = load_checkpoint(tmp_path / "model.pt")
     assert loaded["step"] == 4 and weights(loaded["model"]).isfinite().all()
+
+
+def test_tensorboard_is_optional_and_its_absence_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="TensorBoard is not installed"):
+        train(tiny_model(codes=2), striped_batch, steps=1, out=tmp_path, tensorboard=True)
 
 
 def test_bf16_trains_close_to_float32():
