@@ -43,6 +43,7 @@ from maskgit import (
 
 BLACK, WHITE, MASK_ID = 0, 1, 2
 TASKS = {"cosine": "cosine masking", "single": "one masked pixel", "0.2": "20 % masked"}
+SOURCES = {"cosine": "S1: does not converge", "single": "S2: essentially perfect", "0.2": "S2: solved"}
 
 # ---------------------------------------------------------------------------------------------------
 # The prior and its exact posterior
@@ -324,14 +325,7 @@ def run(settings):
     figures = {"images": len(prior), "parameters": parameters, "tasks": tasks, "completions": completions}
     write_figures(settings, "metrics.json", {"seconds": seconds, **figures})
 
-    print_table(
-        ["task", "KL", "cross-entropy", "limit", "accuracy", "limit"],
-        [
-            [TASKS.get(kind, kind), f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
-            + [f"{task['accuracy']:.2%}", f"{task['posterior_accuracy']:.2%}"]
-            for kind, task in tasks.items()
-        ],
-    )
+    print_tasks(tasks)
     print_completions(completions)
     print(f"trained in {seconds['train']} s, {seconds['total']} s in all")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
@@ -354,6 +348,15 @@ def print_table(head, rows):
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells]))
     print()
+
+
+def print_tasks(tasks):
+    rows = []
+    for kind, task in tasks.items():
+        row = [TASKS.get(kind, kind), f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
+        row += [f"{task['accuracy']:.2%}", f"{task['posterior_accuracy']:.2%}", SOURCES.get(kind, "")]
+        rows.append(row)
+    print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"], rows)
 
 
 def print_completions(rows):
