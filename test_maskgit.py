@@ -970,7 +970,7 @@ def test_completions_and_ablation_on_a_small_scale(tmp_path, monkeypatch, capsys
     assert call(monkeypatch, "--completions", "--draws", "20", "--out", tmp_path) == 0
     rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
     combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
-    assert len(rows) == len(combinations) == 3 * 2 * 2 * 7 * 2  # inputs, orders, schedules, steps, marginals
+    assert len(rows) == len(combinations) == (3 + 1) * 2 * 7 * 2  # inputs and schedules, orders, steps, marginals
     monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
     monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 64)
     monkeypatch.setitem(train_squares.ABLATION, "dim", 8)

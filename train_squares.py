@@ -31,6 +31,7 @@ from maskgit import (
     line_plot,
     load_checkpoint,
     pick_device,
+    precision_context,
     process_rank,
     random_mask,
     run_as_script,
@@ -373,19 +374,24 @@ def print_completions(rows):
 
 
 def run_completions(settings):
-    """Every order with every schedule and number of steps, for the model in --out and for exact marginals."""
+    """Every order, schedule and number of steps from nothing, and with half given by the cosine schedule, for the
+    model in --out and for exact marginals; then the variants of order="entropy"."""
     device = pick_device(settings.device)
     checkpoint = load_checkpoint(settings.out / "model.pt", device)
     config = checkpoint["config"]
     prior = all_squares(config["grid"], config["min_side"], config["max_side"])
     steps = (1, 2, 4, 8, 16, 32, 64)
-    grid = [(order, {"schedule": schedule, "steps": t}) for order in ORDERS for schedule in SCHEDULES for t in steps]
+    cosine = [(order, {"schedule": "cosine", "steps": t}) for order in ORDERS for t in steps]
+    others = [(o, {"schedule": s, "steps": t}) for o in ORDERS for s in SCHEDULES if s != "cosine" for t in steps]
+    variants = [("entropy", {"steps": 64, "certain": certain}) for certain in (0.0, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2)]
+    variants += [("entropy", {"steps": t}) for t in (8, 12, 16, 20, 24)]
     inputs = completion_inputs(prior, settings.draws, TEST_SEED)
-    rows = compare_orders(checkpoint["model"], prior, device, inputs, grid, TEST_SEED)
-    thresholds = [("entropy", {"steps": 64, "certain": certain}) for certain in (0.0, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2)]
-    caps = [("entropy", {"steps": t}) for t in (8, 12, 16, 20, 24)]
-    variants = compare_orders(checkpoint["model"], prior, device, inputs, thresholds + caps, TEST_SEED)
-    write_figures(settings, "completions.json", {"completions": rows, "entropy_variants": variants})
+    nothing = {"nothing visible": inputs["nothing visible"]}
+    with precision_context(device, fast_precision(device)):
+        compare = functools.partial(compare_orders, checkpoint["model"], prior, device, seed=TEST_SEED)
+        rows = compare(inputs, cosine) + compare(nothing, others)
+        figures = {"completions": rows, "entropy_variants": compare(nothing, variants)}
+    write_figures(settings, "completions.json", figures)
     shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
     for marginals in ("model", "exact"):
         curves = {}
