@@ -290,7 +290,7 @@ def train_model(settings, prior, device, out=None):
 
 
 def run(settings):
-    started, device, out = time.monotonic(), pick_device(settings.device), settings.out
+    device, out = pick_device(settings.device), settings.out
     settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
     if (out / "model.pt").exists() and not (settings.resume or settings.force):
         raise ValueError(f"{out} holds a run already: --resume goes on with it, --force starts over, --out renames")
@@ -300,6 +300,7 @@ def run(settings):
     if process_rank()[0] > 0:
         return
 
+    trained = time.monotonic()
     tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in {settings.mask: "", **TASKS}}
     inputs = completion_inputs(prior, settings.draws, TEST_SEED)
     completions = compare_orders(model, prior, device, inputs, [("entropy", {})], TEST_SEED)
@@ -320,14 +321,14 @@ def run(settings):
     image_grid(as_images(prior, side), 18, scale=4).save(out / "prior.png")
     draw_samples(model, prior, side, device, TEST_SEED).save(out / "samples.png")
     save_gif(out / "decode.gif", draw_generation(model, side, device, TEST_SEED))
-    seconds = {"train": round(history[-1]["seconds"], 1), "total": round(time.monotonic() - started, 1)}
+    seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"images": len(prior), "parameters": parameters, "tasks": tasks, "completions": completions}
     write_figures(settings, "metrics.json", {"seconds": seconds, **figures})
 
     print_tasks(tasks)
     print_completions(completions)
-    print(f"trained in {seconds['train']} s, {seconds['total']} s in all")
+    print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
 
 
@@ -336,7 +337,8 @@ def write_figures(settings, file_name, figures):
     plain = {}
     for name, value in vars(settings).items():
         plain[name] = str(value) if isinstance(value, Path) or value == math.inf else value
-    text = json.dumps({**run_record(), "settings": plain, **figures}, indent=1) + "\n"
+    record = plain.pop("record")
+    text = json.dumps({**record, "settings": plain, **figures}, indent=1) + "\n"
     settings.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, [settings.out / file_name, settings.json]):
         path.write_text(text)
@@ -504,7 +506,7 @@ ABLATION = {
 ABLATION_STEPS = 500
 # What a resumed run may do differently; everything else would change its weights.
 MAY_CHANGE = {"preset", "completions", "ablation", "out", "json", "resume", "force", "device", "compile", "tensorboard"}
-MAY_CHANGE |= {"checkpoint_steps", "draws"}
+MAY_CHANGE |= {"checkpoint_steps", "draws", "record"}
 # Masks that no training run draws, unless its seed is as large.
 VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
 VALIDATION_COUNT, TEST_COUNT = 512, 4096
@@ -570,7 +572,7 @@ def parse_arguments():
     add("--learn-temperature", action="store_true", help="of the cosine head")
     add("--positions", choices=("split", "printed"), default="split")
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=count, help=f"default 2500, of an ablation {ABLATION_STEPS}")
+    add("--steps", type=count, help=f"default 2400, of an ablation {ABLATION_STEPS}")
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
     add("--batch-size", type=count, default=126, help="of all processes together")
@@ -592,12 +594,13 @@ def parse_arguments():
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
-        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 2500)
+        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 2400)
     return settings
 
 
 def main():
     settings = parse_arguments()
+    settings.record = run_record()  # now: the code may change while it runs
     if settings.ablation:
         run_ablation(settings)
     elif settings.completions:
