@@ -848,7 +848,7 @@ def load_checkpoint(path, device="cpu"):
 # ---------------------------------------------------------------------------------------------------
 # Pictures
 
-PAPER, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
+PAPER, INK, FAINT, FRAME = (255, 255, 255), (40, 40, 40), (225, 225, 225), (170, 190, 215)
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888"]
 
@@ -865,7 +865,7 @@ def image_grid(images, columns, *, scale=1, gap=4, titles=()):
         pixels = pixels.repeat(3, axis=-1)
     cell_width, cell_height, top = width * scale + gap, height * scale + gap, 22 if titles else 0
     rows = math.ceil(count / columns)
-    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap + top), PAPER)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap + top), FRAME)
     for i, image in enumerate(pixels):
         x, y = gap + i % columns * cell_width, gap + top + i // columns * cell_height
         sheet.paste(Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))

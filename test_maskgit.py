@@ -707,7 +707,7 @@ def test_image_grid_puts_each_image_in_its_place():
     for i in range(6):
         top, left = 2 + i // 4 * 12, 2 + i % 4 * 17
         assert (sheet[top : top + 10, left : left + 15] == round(i / 10 * 255)).all()
-    assert (sheet[:2] == 255).all() and (sheet[14:, 36:] == 255).all()
+    assert (sheet[:2] == maskgit.FRAME).all() and (sheet[14:, 36:] == maskgit.FRAME).all()
     colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
     assert np.asarray(image_grid(colour, 1, titles=["orange"]))[-5, 4].tolist() == [255, 128, 0]
 
