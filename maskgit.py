@@ -745,6 +745,10 @@ def train(
             save_checkpoint(path, state.result(), config=config, step=state.step, training=state.state_dict())
             saved = time.monotonic()
     if world > 1:
+        # Gloo's threads need the interpreter's lock once more after the last exchange, and destroying the group
+        # waits for them with that lock held: without a pause both may wait for ever.
+        time.sleep(0.5)
+        del network
         torch.distributed.destroy_process_group()
     model.load_state_dict(state.result().state_dict())
     model.eval()
