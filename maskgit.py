@@ -320,15 +320,9 @@ def decode(
                 noise = choice_temperature * (1 - step / steps)
                 priority = commit_priority(order, log_probs, values, certain, confidence, noise, generator)
 
-            # The schedule says how many stay hidden, but at least one is committed besides the certain ones.
-            certainly = hidden[rows] & priority.isinf()
-            left = torch.floor(gamma(step / steps) * at_start[rows].double()).long()
-            left = left.minimum((hidden[rows] & ~certainly).sum(dim=1) - 1).clamp(min=0)
-            if step == last_step:
-                left.zero_()
-            rank = priority.masked_fill(~hidden[rows], math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-            stays = hidden[rows] & (rank < left[:, None])
-            values = torch.where(certainly, likeliest, values)
+            scheduled = torch.floor(gamma(step / steps) * at_start[rows].double()).long()
+            stays = stay_hidden(hidden[rows], priority, scheduled if step < last_step else torch.zeros_like(scheduled))
+            values = torch.where(priority.isinf(), likeliest, values)
             tokens[rows] = torch.where(hidden[rows] & ~stays, values, tokens[rows])
             hidden[rows] = stays
             if trace is not None:
@@ -346,6 +340,15 @@ def commit_priority(order, log_probs, values, certain, confidence, noise, genera
         priority = priority.exp() if confidence == "probability" else priority
         return priority + noise * gumbel_like(priority, generator)
     return torch.rand(values.shape, generator=generator, device=values.device)
+
+
+def stay_hidden(hidden, priority, scheduled):
+    """Which hidden tokens (b, T) are left: the `scheduled` (b,) ones of lowest priority, or fewer, since besides
+    those of infinite priority at least one is committed."""
+    open_tokens = hidden & ~priority.isinf()
+    left = scheduled.minimum(open_tokens.sum(dim=1) - 1).clamp(min=0)
+    rank = priority.masked_fill(~hidden, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return hidden & (rank < left[:, None])
 
 
 def draw(log_probs, generator):

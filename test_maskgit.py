@@ -903,7 +903,7 @@ def call(monkeypatch, *arguments):
 
 def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    figures = tmp_path / "figures.json"
+    figures = tmp_path / "new folder" / "figures.json"
     assert call(monkeypatch, *TINY, "--steps", 30, "--out", out, "--json", figures) == 0
     screen = capsys.readouterr().out
     assert "cosine masking" in screen and "one masked pixel" in screen and str(out / "samples.png") in screen

@@ -342,8 +342,8 @@ def write_figures(settings, file_name, figures):
         plain[name] = str(value) if isinstance(value, Path) or value == math.inf else value
     record = plain.pop("record")
     text = json.dumps({**record, "settings": plain, **figures}, indent=1) + "\n"
-    settings.out.mkdir(parents=True, exist_ok=True)
     for path in filter(None, [settings.out / file_name, settings.json]):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
