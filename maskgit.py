@@ -4,6 +4,7 @@ An image is a set of discrete tokens at known coordinates. Some of them are hidd
 sees all the others at once and gives, for each hidden one, a distribution over the codes; `decode`
 commits a few hidden tokens per step until none is left. Read from top to bottom:
 
+    Tokens        kmeans, PatchTokenizer
     Positions     position_encoding, grid_coords
     Transformer   Attention, Block, MaskGIT
     Masking       SCHEDULES, random_mask, masked_cross_entropy
@@ -19,6 +20,7 @@ two blog posts on squares and rectangles; R1 and R2 the two course reports on ph
 import argparse
 import contextlib
 import csv
+import json
 import math
 import os
 import platform
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +40,177 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# ---------------------------------------------------------------------------------------------------
+# Tokens
+
+
+class KMeansResult(NamedTuple):
+    centroids: np.ndarray  # (k, D) float32
+    labels: np.ndarray  # (N,) int64: the nearest centroid of each point
+    inertia: float  # sum of the squared distances to it
+    iterations: int
+
+
+def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
+    """Cluster points (N, D) around k centroids: Lloyd's iterations from a k-means++ start.
+
+    A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the
+    mean variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start.
+    Raises ValueError on points that are not finite, and on fewer than k distinct ones.
+    """
+    points = np.ascontiguousarray(points, dtype=np.float32)
+    if points.ndim != 2 or not np.isfinite(points).all():
+        raise ValueError(f"kmeans needs finite points of shape (N, D), not {points.shape} or NaN")
+    if k < 1 or restarts < 1 or max_iter < 1:
+        raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
+    require_distinct(points, k)
+    if init is not None and np.shape(init) != (k, points.shape[1]):
+        raise ValueError(f"init has shape {np.shape(init)}; {k} centroids of these points are {(k, points.shape[1])}")
+    rng = np.random.default_rng(seed)
+    runs = []
+    for _ in range(restarts if init is None else 1):
+        start = plus_plus(points, k, rng) if init is None else np.array(init, dtype=np.float32)
+        runs.append(lloyd(points, start, max_iter, tol))
+    return min(runs, key=lambda run: run.inertia)
+
+
+def require_distinct(points, k):
+    """ValueError unless k points differ; looks at no more of them than it takes."""
+    looked_at, distinct = 0, 0
+    while distinct < k and looked_at < len(points):
+        looked_at = min(len(points), max(2 * k, 2 * looked_at))
+        distinct = len(np.unique(points[:looked_at], axis=0))
+    if distinct < k:
+        raise ValueError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
+
+
+def plus_plus(points, k, rng):
+    """k of the points, each drawn with a probability proportional to its squared distance from those before it
+    (Arthur and Vassilvitskii 2007)."""
+    norms = np.einsum("nd,nd->n", points, points)
+    chosen = [rng.integers(len(points))]
+    closest = np.full(len(points), np.inf, dtype=np.float32)
+    while len(chosen) < k:
+        newest = points[chosen[-1]]
+        distances = norms - 2 * (points @ newest) + norms[chosen[-1]]
+        closest = np.minimum(closest, distances.clip(min=0))
+        cumulative = closest.cumsum(dtype=np.float64)
+        position = np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")
+        chosen.append(min(position, len(points) - 1))
+    return points[chosen]
+
+
+def lloyd(points, centroids, max_iter, tol):
+    """Move each centroid to the mean of the points nearest to it, until it stays; an empty cluster takes one of the
+    points farthest from their own centroid."""
+    k = len(centroids)
+    enough = tol * points.var(axis=0, dtype=np.float64).mean()
+    labels = nearest_centroid(points, centroids)
+    sums = cluster_sums(points, labels, k)
+    for iteration in range(1, max_iter + 1):  # noqa: B007
+        counts = np.bincount(labels, minlength=k)
+        moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
+        empty = np.flatnonzero(counts == 0)
+        if len(empty):
+            moved[empty] = points[squared_distances(points, centroids, labels).argsort()[-len(empty) :]]
+        shift = np.square(moved - centroids).sum()
+        centroids, before = moved, labels
+        labels = nearest_centroid(points, centroids)
+        changed = labels != before
+        sums += cluster_sums(points[changed], labels[changed], k) - cluster_sums(points[changed], before[changed], k)
+        if shift <= enough:
+            break
+    return KMeansResult(centroids, labels, float(squared_distances(points, centroids, labels).sum()), iteration)
+
+
+def nearest_centroid(points, centroids, block=1024):
+    """The index of the centroid (k, D) nearest to each point (N, D): (N,) int64."""
+    # |x - c|^2 is |x|^2, the same for all centroids, plus (x, 1) . (-2 c, |c|^2): one product and one argmin for
+    # each block of points. Measured from the centroids' mean, the squares stay small and lose few digits.
+    origin = centroids.mean(axis=0)
+    centred = centroids - origin
+    weights = np.vstack([-2 * centred.T, np.square(centred).sum(axis=1)])  # (D + 1, k)
+    labels = np.empty(len(points), dtype=np.int64)
+    extended = np.ones((block, points.shape[1] + 1), dtype=np.float32)
+    for start in range(0, len(points), block):
+        part = points[start : start + block]
+        extended[: len(part), :-1] = part - origin
+        labels[start : start + block] = (extended[: len(part)] @ weights).argmin(axis=1)
+    return labels
+
+
+def cluster_sums(points, labels, k):
+    """The sum of each cluster's points (N, D): (k, D) float64."""
+    return np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)
+
+
+def squared_distances(points, centroids, labels):
+    """Of each point (N, D) to the centroid that its label names: (N,) float64."""
+    squares = np.zeros(len(points))
+    for column, values in zip(points.T, centroids.T, strict=True):
+        squares += np.square(column - values[labels], dtype=np.float64)
+    return squares
+
+
+class PatchTokenizer:
+    """Square patches of images, each named by the nearest of a set of typical patches.
+
+    centroids (codes, patch * patch * C) are those typical patches, flattened row by row; patches lie `stride` pixels
+    apart, the default being `patch`, and overlap where it is less. The images' sides must be patch + a multiple of
+    stride: S2's 16x16 with patch 4 and stride 1 gives 13x13 tokens, R1's and R2's 64x64 with patch 4 gives 16x16.
+    """
+
+    def __init__(self, centroids, patch, stride=None):
+        self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
+        self.patch = patch
+        self.stride = stride or patch
+        self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
+        if rest or not 1 <= self.stride <= patch:
+            raise ValueError(f"centroids of {self.centroids.shape[1]} numbers, patch {patch}, stride {self.stride}?")
+
+    @classmethod
+    def fit(cls, images, codes, patch, stride=None, seed=0, **options):
+        """Cluster all patches of images (B, H, W, C) into `codes` centroids; options go to kmeans."""
+        patches = image_patches(images, patch, stride or patch)
+        return cls(kmeans(patches.reshape(-1, patches.shape[-1]), codes, seed=seed, **options).centroids, patch, stride)
+
+    def nearest(self, patches):
+        """Flattened patches (..., patch * patch * C) -> their codes (...)."""
+        return nearest_centroid(patches.reshape(-1, patches.shape[-1]), self.centroids).reshape(patches.shape[:-1])
+
+    def encode(self, images):
+        """Images (B, H, W, C) -> codes (B, h, w), a few images at a time: memory does not grow with B."""
+        if images.shape[-1] != self.channels:
+            raise ValueError(f"images have {images.shape[-1]} channels, the tokenizer was made for {self.channels}")
+        at_once = max(1, 2**22 // images[0].size)
+        parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
+        return np.concatenate([self.nearest(image_patches(part, self.patch, self.stride)) for part in parts])
+
+    def decode(self, ids):
+        """Codes (B, h, w) -> images (B, H, W, C): the centroids, averaged where they overlap."""
+        b, h, w = ids.shape
+        height, width = ((n - 1) * self.stride + self.patch for n in (h, w))
+        patches = self.centroids[ids].reshape(b, h, w, self.patch, self.patch, self.channels)
+        total = np.zeros((b, height, width, self.channels), dtype=np.float32)
+        count = np.zeros((height, width, 1), dtype=np.float32)
+        for y in range(self.patch):
+            for x in range(self.patch):
+                rows = slice(y, y + (h - 1) * self.stride + 1, self.stride)
+                columns = slice(x, x + (w - 1) * self.stride + 1, self.stride)
+                total[:, rows, columns] += patches[:, :, :, y, x]
+                count[rows, columns] += 1
+        return total / count
+
+
+def image_patches(images, patch, stride):
+    """All patches of images (B, H, W, C), each flattened row by row: (B, h, w, patch * patch * C)."""
+    b, height, width, channels = images.shape
+    if min(height, width) < patch or (height - patch) % stride or (width - patch) % stride:
+        raise ValueError(f"images of {width}x{height} are not covered by patches of {patch} every {stride} pixels")
+    windows = np.lib.stride_tricks.sliding_window_view(images, (patch, patch), axis=(1, 2))[:, ::stride, ::stride]
+    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(b, *windows.shape[1:3], patch * patch * channels)
+
 
 # ---------------------------------------------------------------------------------------------------
 # Positions
@@ -238,10 +412,12 @@ def random_mask(shape, ratio, generator=None):
 def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, every_position=False, count=None):
     """Cross-entropy in nats, averaged over the hidden tokens: a scalar.
 
-    logits (B, T, K), targets (B, T), mask (B, T). every_position=True averages over all tokens, as R1
+    logits (B, T, K), mask (B, T); targets are codes (B, T), or a distribution for each token (B, T, K).
+    every_position=True averages over all tokens, as R1
     and R2 do (paper: hidden ones only). count replaces the number of tokens to divide by, so that
     the parts of a larger batch add up to its mean.
     """
+    targets = targets.transpose(1, 2) if targets.ndim == 3 else targets
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
     if every_position:
         mask = torch.ones_like(mask)
@@ -409,10 +585,74 @@ def radical_inverse(k, base):
 
 
 class CommandLine(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
+    """An ArgumentParser whose complaint is one line on stderr, with exit code 2, and the options all scripts share.
+
+    A script adds the groups it needs and gives the defaults of the model and of training by set_defaults.
+    """
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
+
+    def add_run_options(self, out):
+        add = self.add_argument_group("run").add_argument
+        add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
+        add("--json", type=Path, help="write the figures to this file as well")
+        add("--resume", action="store_true", help="go on with the run in --out")
+        add("--force", action="store_true", help="start over in a folder that holds a run")
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+        add("--seed", type=at_least(0), default=0)
+
+    def add_model_options(self):
+        add, count = self.add_argument_group("model").add_argument, at_least(1)
+        add("--dim", type=count)
+        add("--heads", type=count)
+        add("--layers", type=count)
+        add("--hidden", type=count, help="of the MLPs, default 4 x dim")
+        add("--dropout", type=share, default=0.0)
+        add("--norm", choices=("pre", "post"), default="pre")
+        add("--head", choices=("tied", "cosine", "linear"), default="linear")
+        add("--learn-temperature", action="store_true", help="of the cosine head")
+        add("--positions", choices=("split", "printed"), default="split")
+
+    def add_training_options(self):
+        add, count, amount = self.add_argument_group("training").add_argument, at_least(1), at_least(0.0, float)
+        add("--steps", type=count)
+        add("--batch-size", type=count, help="of all processes together")
+        add("--optimizer", choices=("adamw", "muon"), default="muon")
+        add("--lr", type=amount)
+        add("--warmup", type=at_least(0), default=100)
+        add("--decay", choices=("constant", "linear", "cosine"), default="linear")
+        add("--weight-decay", type=amount, default=0.0)
+        add("--clip", type=amount, default=1.0, help="largest norm of the gradient")
+        add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
+        add("--ema", type=share, default=0.0, help="decay of a moving average of the weights")
+        add("--precision", choices=("auto", "float32", "bf16"), default="auto")
+        add("--compile", action="store_true", help="torch.compile")
+        add("--tensorboard", action="store_true", help="log to --out, if it is installed")
+        add("--checkpoint-steps", type=count, help="besides every 5 minutes")
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number that is not below `low`."""
+
+    def parse(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
+
+    return parse
+
+
+def share(text):
+    """An argparse type: a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
 
 
 def run_as_script(main):
@@ -473,6 +713,27 @@ def run_record():
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def write_figures(settings, file_name, figures):
+    """The figures and where they come from, to the run's folder and, with --json, beside it."""
+    plain = {}
+    for name, value in vars(settings).items():
+        plain[name] = str(value) if isinstance(value, Path) or value == math.inf else value
+    record = plain.pop("record")
+    text = json.dumps({**record, "settings": plain, **figures}, indent=1) + "\n"
+    for path in filter(None, [settings.out / file_name, settings.json]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def print_table(head, rows):
+    """Text in columns: the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for first, *others in [head, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+    print()
 
 
 def process_rank():
@@ -680,10 +941,12 @@ def train(
     accumulate=1,
     every_position=False,
     label_smoothing=0.0,
+    soft_targets=None,
     ema=0.0,
     precision="float32",
     compile=False,
     out=None,
+    tokenizer=None,
     config=None,
     resume=False,
     checkpoint_steps=None,
@@ -700,7 +963,8 @@ def train(
     tokens of the batch, and a resumed run ends with the same weights as one that never stopped.
 
     lr rises over `warmup` steps and then follows `decay`, see learning_rate_factor; gradients are clipped to
-    norm `clip`; ema > 0 keeps a moving average of the weights, which is what is validated and saved.
+    norm `clip`; ema > 0 keeps a moving average of the weights, which is what is validated and saved;
+    soft_targets (K, K) gives the distribution to be predicted in place of each true code.
     out is a folder for model.pt, written every checkpoint_steps steps or checkpoint_minutes minutes, and for
     log.csv, with a row every log_steps steps to which validate(model) -> dict of floats may add columns.
     resume goes on from out/model.pt; config, plain values that are saved, must not have changed then.
@@ -727,8 +991,9 @@ def train(
         tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
         inputs = tokens.masked_fill(mask, model.mask_id)
         counted = torch.ones_like(mask) if every_position else mask
+        targets = tokens if soft_targets is None else soft_targets[tokens]
         with precision_context(device, precision):
-            loss = backward(network, inputs, coords, tokens, counted, label_smoothing, accumulate)
+            loss = backward(network, inputs, coords, targets, counted, label_smoothing, accumulate)
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
         state.seconds = time.monotonic() - started
@@ -745,7 +1010,8 @@ def train(
             state.log(gradient_norm, validate)
             log.write(state.history)
         if log and path and saves:
-            save_checkpoint(path, state.result(), config=config, step=state.step, training=state.state_dict())
+            contents = dict(tokenizer=tokenizer, config=config, step=state.step, training=state.state_dict())
+            save_checkpoint(path, state.result(), **contents)
             saved = time.monotonic()
     if world > 1:
         # Gloo's threads need the interpreter's lock once more after the last exchange, and destroying the group
@@ -756,6 +1022,32 @@ def train(
     model.load_state_dict(state.result().state_dict())
     model.eval()
     return state.history
+
+
+# What a resumed run may do differently; everything else would change its weights.
+MAY_CHANGE = {"out", "json", "resume", "force", "device", "compile", "tensorboard", "checkpoint_steps", "record"}
+
+
+def open_run(settings):
+    """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
+    device = pick_device(settings.device)
+    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
+    if (settings.out / "model.pt").exists() and not (settings.resume or settings.force):
+        holds = f"{settings.out} holds a run already"
+        raise ValueError(f"{holds}: --resume goes on with it, --force starts over, --out renames")
+    return device
+
+
+def train_as_set(settings, codes, batch, device, *, out=None, may_change=(), **options):
+    """A new MaskGIT, trained by the options of CommandLine, and the rows of its log; options go to train()."""
+    seed_everything(settings.seed)
+    architecture = ("dim", "heads", "layers", "hidden", "dropout", "norm", "head", "positions", "learn_temperature")
+    model = MaskGIT(codes, **{name: getattr(settings, name) for name in architecture}).to(device)
+    passed_on = ("steps", "seed", "optimizer", "lr", "weight_decay", "warmup", "decay", "clip", "accumulate", "ema")
+    passed_on += ("precision", "compile", "resume", "checkpoint_steps", "tensorboard")
+    options |= {name: getattr(settings, name) for name in passed_on}
+    config = {name: value for name, value in vars(settings).items() if name not in {*MAY_CHANGE, *may_change}}
+    return model, train(model, batch, out=out, config=config, log_steps=max(1, settings.steps // 20), **options)
 
 
 def backward(network, inputs, coords, targets, counted, label_smoothing, accumulate):
@@ -783,12 +1075,15 @@ def backward(network, inputs, coords, targets, counted, label_smoothing, accumul
     return total
 
 
-def save_checkpoint(path, model, *, config=None, step=0, training=None):
+def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
     """Write model.pt whole or not at all: to a temporary file beside it, which then takes its name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     contents = dict(architecture=model.config, weights=model.state_dict(), config=config, step=step, training=training)
+    if tokenizer:
+        centroids = torch.from_numpy(tokenizer.centroids)
+        contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
     try:
         with open(partial, "wb") as file:
             torch.save(contents, file)
@@ -839,7 +1134,7 @@ def load_checkpoint(path, device="cpu"):
     """A trained model and what belongs to it, as a dict:
 
     model      MaskGIT on `device`, in eval mode
-    tokenizer  None: the tokens are the pixels
+    tokenizer  PatchTokenizer, or None where the tokens are the pixels
     config     the settings of the run, plain values
     step       how many steps it was trained
     """
@@ -847,9 +1142,11 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = MaskGIT(**contents["architecture"]).to(device)
         model.load_state_dict(contents["weights"])
-    except (TypeError, RuntimeError, ValueError) as error:
+        saved = contents.get("tokenizer")
+        tokenizer = saved and PatchTokenizer(saved["centroids"].cpu().numpy(), saved["patch"], saved["stride"])
+    except (AttributeError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this maskgit.py: {first_line(error)}") from None
-    return dict(model=model.eval(), tokenizer=None, config=contents["config"], step=contents["step"])
+    return dict(model=model.eval(), tokenizer=tokenizer, config=contents["config"], step=contents["step"])
 
 
 # ---------------------------------------------------------------------------------------------------

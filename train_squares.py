@@ -15,10 +15,8 @@ A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (-
 
 import argparse
 import functools
-import json
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,23 +24,25 @@ import torch
 from maskgit import (
     SCHEDULES,
     CommandLine,
-    MaskGIT,
+    at_least,
     decode,
     fast_precision,
     grid_coords,
     image_grid,
     line_plot,
     load_checkpoint,
+    open_run,
     pick_device,
     precision_context,
+    print_table,
     process_rank,
     random_mask,
     run_as_script,
     run_record,
     save_gif,
-    seed_everything,
     step_seed,
-    train,
+    train_as_set,
+    write_figures,
 )
 
 BLACK, WHITE, MASK_ID = 0, 1, 2
@@ -273,30 +273,21 @@ def draw_generation(model, side, device, seed):
 
 def train_model(settings, prior, device, out=None):
     """A trained MaskGIT, and the rows of its log with the expected cross-entropy on unseen masks in each."""
-    seed_everything(settings.seed)
-    architecture = ("dim", "heads", "layers", "hidden", "dropout", "norm", "head", "positions", "learn_temperature")
-    model = MaskGIT(codes=2, **{name: getattr(settings, name) for name in architecture}).to(device)
-    passed_on = ("steps", "seed", "optimizer", "lr", "weight_decay", "warmup", "decay", "clip", "accumulate", "ema")
-    passed_on += ("precision", "compile", "resume", "checkpoint_steps", "tensorboard")
-    history = train(
-        model,
+    return train_as_set(
+        settings,
+        2,
         make_batch(prior, settings),
+        device,
         out=out,
-        config={name: value for name, value in vars(settings).items() if name not in MAY_CHANGE},
-        log_steps=max(1, settings.steps // 20),
+        may_change=("preset", "completions", "ablation", "draws"),
         validate=lambda model: {
             "cross_entropy": score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)["cross_entropy"]
         },
-        **{name: getattr(settings, name) for name in passed_on},
     )
-    return model, history
 
 
 def run(settings):
-    device, out = pick_device(settings.device), settings.out
-    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
-    if (out / "model.pt").exists() and not (settings.resume or settings.force):
-        raise ValueError(f"{out} holds a run already: --resume goes on with it, --force starts over, --out renames")
+    device, out = open_run(settings), settings.out
     side = settings.grid
     prior = all_squares(side, settings.min_side, settings.max_side)
     model, history = train_model(settings, prior, device, out)
@@ -333,26 +324,6 @@ def run(settings):
     print_completions(completions)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
-
-
-def write_figures(settings, file_name, figures):
-    """The figures and where they come from, to the run's folder and, with --json, beside it."""
-    plain = {}
-    for name, value in vars(settings).items():
-        plain[name] = str(value) if isinstance(value, Path) or value == math.inf else value
-    record = plain.pop("record")
-    text = json.dumps({**record, "settings": plain, **figures}, indent=1) + "\n"
-    for path in filter(None, [settings.out / file_name, settings.json]):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def print_table(head, rows):
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for first, *others in [head, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
-    print()
 
 
 def print_tasks(tasks):
@@ -507,32 +478,9 @@ ABLATION = {
     **{"batch_size": 126, "presentations": 1, "mask": "cosine"},
 }
 ABLATION_STEPS = 500
-# What a resumed run may do differently; everything else would change its weights.
-MAY_CHANGE = {"preset", "completions", "ablation", "out", "json", "resume", "force", "device", "compile", "tensorboard"}
-MAY_CHANGE |= {"checkpoint_steps", "draws", "record"}
 # Masks that no training run draws, unless its seed is as large.
 VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
 VALIDATION_COUNT, TEST_COUNT = 512, 4096
-
-
-def at_least(low, kind=int):
-    """An argparse type: a number that is not below `low`."""
-
-    def parse(text):
-        value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return value
-
-    return parse
-
-
-def share(text):
-    """An argparse type: a number from 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
 
 
 def mask_kind(text):
@@ -547,51 +495,23 @@ def mask_kind(text):
 
 
 def parse_arguments():
-    parser = CommandLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    count, amount = at_least(1), at_least(0.0, float)
+    parser, count = CommandLine(__doc__), at_least(1)
     add = parser.add_argument_group("what to do").add_argument
     add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
-    add("--out", type=Path, default=Path("runs/squares"), help="folder of the run, default %(default)s")
-    add("--json", type=Path, help="write the figures to this file as well")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--force", action="store_true", help="start over in a folder that holds a run")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--seed", type=at_least(0), default=0)
     add("--draws", type=at_least(20), default=1000, help="completions behind each figure, default %(default)s")
+    parser.add_run_options("runs/squares")
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)
     add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
-    add = parser.add_argument_group("model").add_argument
-    add("--dim", type=count, default=64)
-    add("--heads", type=count, default=4)
-    add("--layers", type=count, default=4)
-    add("--hidden", type=count, default=256)
-    add("--dropout", type=share, default=0.0)
-    add("--norm", choices=("pre", "post"), default="pre")
-    add("--head", choices=("tied", "cosine", "linear"), default="linear")
-    add("--learn-temperature", action="store_true", help="of the cosine head")
-    add("--positions", choices=("split", "printed"), default="split")
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=count, help=f"default 2400, of an ablation {ABLATION_STEPS}")
+    add("--mask", type=mask_kind, default="cosine", help="cosine, single (pixel), or a fraction such as 0.2")
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
-    add("--batch-size", type=count, default=126, help="of all processes together")
-    add("--mask", type=mask_kind, default="cosine", help="cosine, single (pixel), or a fraction such as 0.2")
-    add("--optimizer", choices=("adamw", "muon"), default="muon")
-    add("--lr", type=amount, default=6e-3)
-    add("--warmup", type=at_least(0), default=100)
-    add("--decay", choices=("constant", "linear", "cosine"), default="linear")
-    add("--weight-decay", type=amount, default=0.0)
-    add("--clip", type=amount, default=1.0, help="largest norm of the gradient")
-    add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
-    add("--ema", type=share, default=0.0, help="decay of a moving average of the weights")
-    add("--precision", choices=("auto", "float32", "bf16"), default="auto")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--tensorboard", action="store_true", help="log to --out, if it is installed")
-    add("--checkpoint-steps", type=count, help="besides every 5 minutes")
+    parser.add_model_options()
+    parser.add_training_options()
+    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
     if settings.steps is None:
