@@ -248,12 +248,36 @@ def position_encoding(coords, dim, layout="split"):
     return torch.where(even, angles.sin(), angles.cos())
 
 
+def rotary_angles(coords, dim):
+    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2).
+
+    A query and a key turned by the angles of their positions have a product that depends on the difference of the
+    positions alone (Su et al., RoFormer, 2021). Half of the pairs follow x, the others y, at frequencies from pi, which
+    turns neighbouring cells against each other, to pi / 100 rad per unit. `dim` must be divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
+    pairs = dim // 4
+    frequency = math.pi * 100 ** -(torch.arange(pairs, device=coords.device) / pairs)
+    return (coords.float()[..., None] * frequency).flatten(-2)  # (..., dim / 2): x ... x, y ... y
+
+
 # ---------------------------------------------------------------------------------------------------
 # Transformer
 
 
+def turn(x, angles):
+    """Turn the pairs (x[i], x[i + d / 2]) of the heads' vectors (B, heads, T, d) by angles (1 or B, 1, T, d / 2)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention without a causal mask: (B, T, D) -> (B, T, D)."""
+    """Multi-head self-attention without a causal mask: (B, T, D) -> (B, T, D).
+
+    angles (1 or B, 1, T, D / heads / 2) make it rotary, see rotary_angles.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -263,10 +287,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, angles=None):
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        if angles is not None:
+            query, key = turn(query, angles), turn(key, angles)
         x = F.scaled_dot_product_attention(query, key, value)
         return self.out(x.transpose(1, 2).reshape(b, t, d))
 
@@ -287,11 +313,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
 
-    def forward(self, x):
+    def forward(self, x, angles=None):
         if self.norm == "post":
-            x = self.norm1(x + self.dropout(self.attention(x)))
+            x = self.norm1(x + self.dropout(self.attention(x, angles)))
             return self.norm2(x + self.mlp(x))
-        x = x + self.dropout(self.attention(self.norm1(x)))
+        x = x + self.dropout(self.attention(self.norm1(x), angles))
         return x + self.mlp(self.norm2(x))
 
 
@@ -309,6 +335,7 @@ class MaskGIT(nn.Module):
     learn_temperature  cosine head only: multiply the similarities by a learned scale, which lifts
               that floor.
     positions the layout of position_encoding.
+    rotary    attention also sees the differences of the coordinates, see rotary_angles.
     """
 
     def __init__(
@@ -322,6 +349,7 @@ class MaskGIT(nn.Module):
         norm="pre",
         head="tied",
         positions="split",
+        rotary=False,
         learn_temperature=False,
     ):
         super().__init__()
@@ -335,7 +363,8 @@ class MaskGIT(nn.Module):
         if learn_temperature and head != "cosine":
             raise ValueError(f"learn_temperature belongs to the cosine head, not to {head!r}")
         self.config = dict(codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout)
-        self.config |= dict(norm=norm, head=head, positions=positions, learn_temperature=learn_temperature)
+        self.config |= dict(norm=norm, head=head, positions=positions, rotary=rotary)
+        self.config |= dict(learn_temperature=learn_temperature)
         self.mask_id = codes
         self.head = head
         self.positions = positions
@@ -357,8 +386,12 @@ class MaskGIT(nn.Module):
     def forward(self, tokens, coords):
         dim = self.embedding.embedding_dim
         x = self.embedding(tokens) * math.sqrt(dim) + position_encoding(coords, dim, self.positions)  # (B, T, D)
+        angles = None
+        if self.config["rotary"]:
+            angles = rotary_angles(coords, dim // self.config["heads"])  # (T, d / 2) or (B, T, d / 2)
+            angles = angles[:, None] if angles.ndim == 3 else angles[None, None]
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         x = self.to_logits(self.last_norm(x))
         if self.head == "linear":
             return x
@@ -402,11 +435,34 @@ def random_mask(shape, ratio, generator=None):
     rows, tokens = shape
     ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
-        raise ValueError("random_mask needs ratios between 0 and 1")
+        raise ValueError("the share of hidden tokens must lie between 0 and 1")
     count = (ratio * tokens).ceil().clamp(min=1)
     device = generator.device if generator is not None else "cpu"
     rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
     return rank < count[:, None].to(device)
+
+
+def training_mask(shape, kind, generator=None):
+    """Random hidden tokens of a kind: bool (B, T).
+
+    kind is a name of SCHEDULES, to hide gamma(r) of each row with r uniform (paper); a fraction such as "0.2"
+    or "single" for one token (S2); or several kinds that share the rows, such as "0.2+cosine".
+    """
+    kinds = kind.split("+")
+    parts = torch.arange(shape[0]).tensor_split(len(kinds))
+    return torch.cat([mask_of_kind((len(rows), shape[1]), k, generator) for rows, k in zip(parts, kinds, strict=True)])
+
+
+def mask_of_kind(shape, kind, generator):
+    if kind in SCHEDULES:
+        # One r from each B-th of [0, 1): the mean loss of a batch then depends less on luck.
+        r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
+        return random_mask(shape, SCHEDULES[kind](r.numpy()), generator)
+    try:
+        share = 0.0 if kind == "single" else float(kind)
+    except ValueError:
+        raise ValueError(f"{kind!r} is no mask: choose single, a fraction, or {', '.join(SCHEDULES)}") from None
+    return random_mask(shape, share, generator)
 
 
 def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, every_position=False, count=None):
@@ -616,6 +672,7 @@ class CommandLine(argparse.ArgumentParser):
         add("--head", choices=("tied", "cosine", "linear"), default="linear")
         add("--learn-temperature", action="store_true", help="of the cosine head")
         add("--positions", choices=("split", "printed"), default="split")
+        add("--rotary", action=argparse.BooleanOptionalAction, default=False, help="attention sees relative positions")
 
     def add_training_options(self):
         add, count, amount = self.add_argument_group("training").add_argument, at_least(1), at_least(0.0, float)
@@ -653,6 +710,15 @@ def share(text):
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
+
+
+def mask_kind(text):
+    """An argparse type: a kind of training_mask."""
+    try:
+        training_mask((1, 1), text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def run_as_script(main):
@@ -715,14 +781,14 @@ def run_record():
     }
 
 
-def write_figures(settings, file_name, figures):
-    """The figures and where they come from, to the run's folder and, with --json, beside it."""
+def write_figures(settings, figures, *paths):
+    """The figures, the settings and where they come from, as JSON to each of the paths that is not None."""
     plain = {}
     for name, value in vars(settings).items():
         plain[name] = str(value) if isinstance(value, Path) or value == math.inf else value
     record = plain.pop("record")
     text = json.dumps({**record, "settings": plain, **figures}, indent=1) + "\n"
-    for path in filter(None, [settings.out / file_name, settings.json]):
+    for path in filter(None, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
@@ -1041,7 +1107,8 @@ def open_run(settings):
 def train_as_set(settings, codes, batch, device, *, out=None, may_change=(), **options):
     """A new MaskGIT, trained by the options of CommandLine, and the rows of its log; options go to train()."""
     seed_everything(settings.seed)
-    architecture = ("dim", "heads", "layers", "hidden", "dropout", "norm", "head", "positions", "learn_temperature")
+    architecture = ("dim", "heads", "layers", "hidden", "dropout", "norm", "head", "positions", "rotary")
+    architecture += ("learn_temperature",)
     model = MaskGIT(codes, **{name: getattr(settings, name) for name in architecture}).to(device)
     passed_on = ("steps", "seed", "optimizer", "lr", "weight_decay", "warmup", "decay", "clip", "accumulate", "ema")
     passed_on += ("precision", "compile", "resume", "checkpoint_steps", "tensorboard")

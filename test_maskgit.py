@@ -1,4 +1,4 @@
-"""Every test, in the order of the code: maskgit.py, then train_squares.py, then the README.
+"""Every test, in the order of the code: maskgit.py, then the scripts, then the README.
 
     python -m pytest test_maskgit.py
 
@@ -6,6 +6,7 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
+import argparse
 import csv
 import itertools
 import json
@@ -25,12 +26,14 @@ import torch
 from PIL import Image
 
 import maskgit
+import train_rectangles
 import train_squares
 from maskgit import (
     SCHEDULES,
     Attention,
     Block,
     MaskGIT,
+    PatchTokenizer,
     decode,
     grid_coords,
     image_grid,
@@ -41,10 +44,13 @@ from maskgit import (
     pick_device,
     position_encoding,
     random_mask,
+    rotary_angles,
     save_checkpoint,
     save_gif,
     seed_everything,
     train,
+    training_mask,
+    turn,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -58,6 +64,175 @@ def tiny_model(seed=0, codes=5, **options):
     torch.manual_seed(seed)
     settings = {"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0} | options
     return MaskGIT(codes, **settings).eval()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def blobs(seed=0, count=200, size=3):
+    """Points around four far corners, in random order."""
+    rng = np.random.default_rng(seed)
+    corners = np.array([[0, 0, 9], [0, 9, 0], [9, 0, 0], [9, 9, 9]])[:, :size]
+    return (corners[rng.integers(4, size=count)] + rng.normal(0, 0.1, (count, size))).astype(np.float32)
+
+
+def brute_force_lloyd(points, centroids, iterations):
+    """Lloyd's iterations one point at a time, in float64."""
+    points, centroids = points.astype(np.float64), centroids.astype(np.float64)
+    for iteration in range(iterations + 1):
+        distances = np.array([[sum((x - c) ** 2) for c in centroids] for x in points])
+        labels = distances.argmin(axis=1)
+        if iteration < iterations:
+            centroids = np.array([points[labels == k].mean(axis=0) for k in range(len(centroids))])
+    return centroids, labels, distances.min(axis=1).sum()
+
+
+def test_kmeans_finds_clusters_that_lie_apart():
+    points = blobs()
+    result = maskgit.kmeans(points, 4, seed=0, restarts=5)
+    corners = np.array(sorted(np.rint(result.centroids).astype(int).tolist()))
+    assert corners.tolist() == [[0, 0, 9], [0, 9, 0], [9, 0, 0], [9, 9, 9]]
+    assert result.centroids.dtype == np.float32 and result.labels.dtype == np.int64
+    for k, centroid in enumerate(result.centroids):
+        np.testing.assert_allclose(centroid, points[result.labels == k].mean(axis=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_kmeans_equals_brute_force_from_the_same_start(iterations):
+    points = np.random.default_rng(1).normal(size=(150, 5)).astype(np.float32) + 30
+    centroids, labels, inertia = brute_force_lloyd(points, points[:7], iterations)
+    result = maskgit.kmeans(points, 7, init=points[:7], max_iter=iterations, tol=0)
+    np.testing.assert_allclose(result.centroids, centroids, atol=1e-4)
+    assert (result.labels == labels).all()
+    assert result.inertia == pytest.approx(inertia, rel=1e-4)
+    assert result.iterations == iterations
+
+
+def test_kmeans_inertia_never_rises_and_tol_ends_it():
+    points = np.random.default_rng(2).random((3000, 8)).astype(np.float32)
+    runs = [maskgit.kmeans(points, 20, init=points[:20], max_iter=i, tol=0) for i in range(1, 15)]
+    assert all(after.inertia <= before.inertia * (1 + 1e-6) for before, after in itertools.pairwise(runs))
+    converged = maskgit.kmeans(points, 20, init=points[:20], max_iter=500, tol=0)
+    assert 1 < converged.iterations < 500
+    assert maskgit.kmeans(points, 20, init=points[:20], tol=0.1).iterations < converged.iterations
+
+
+def test_kmeans_fills_empty_clusters():
+    points = blobs()
+    far_away = np.full((2, 3), 1000, dtype=np.float32)  # no point is near these two
+    result = maskgit.kmeans(points, 4, init=np.concatenate([points[:2], far_away]), max_iter=50)
+    assert (np.bincount(result.labels, minlength=4) > 0).all()
+    assert np.abs(result.centroids).max() < 20
+
+
+def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
+    points = np.random.default_rng(3).random((500, 4))
+    once, again = (maskgit.kmeans(points, 12, seed=5, restarts=3) for _ in range(2))
+    assert (once.centroids == again.centroids).all() and once.inertia == again.inertia
+    assert not np.array_equal(once.centroids, maskgit.kmeans(points, 12, seed=6).centroids)
+    rng = np.random.default_rng(5)
+    single = [maskgit.lloyd(p, maskgit.plus_plus(p, 12, rng), 100, 1e-4) for p in [points.astype(np.float32)] * 3]
+    assert once.inertia == min(run.inertia for run in single)
+
+
+def test_plus_plus_draws_by_squared_distance():
+    points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    rng, seconds = np.random.default_rng(0), []
+    while len(seconds) < 2000:
+        first, second = maskgit.plus_plus(points, 2, rng)[:, 0]
+        if first == 0:
+            seconds.append(second)
+    assert np.mean(np.array(seconds) == 3) == pytest.approx(9 / 10, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("points", "k", "message"),
+    [
+        (np.repeat(np.eye(3), 50, axis=0), 4, "only 3 of the 150 points are distinct"),
+        (np.array([[0.0], [np.nan]]), 1, "finite"),
+        (np.array([[0.0], [np.inf]]), 1, "finite"),
+        (np.zeros(5), 1, "shape"),
+        (np.zeros((5, 2)), 0, "at least 1"),
+    ],
+)
+def test_kmeans_refuses_what_cannot_be_clustered(points, k, message):
+    with pytest.raises(ValueError, match=message):
+        maskgit.kmeans(points, k)
+
+
+def test_kmeans_refuses_a_start_of_another_shape():
+    with pytest.raises(ValueError, match=r"init has shape \(2, 3\)"):
+        maskgit.kmeans(np.random.default_rng(0).random((9, 3)), 4, init=np.zeros((2, 3)))
+
+
+def test_nearest_centroid_equals_brute_force_far_from_the_origin():
+    rng = np.random.default_rng(4)
+    points, centroids = (rng.random((n, 6)).astype(np.float32) + 100 for n in (2500, 30))
+    distances = np.square(points[:, None].astype(np.float64) - centroids).sum(axis=-1)
+    chosen = np.take_along_axis(distances, maskgit.nearest_centroid(points, centroids)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(chosen, distances.min(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("patch", "stride", "channels"), [(2, 2, 1), (3, 3, 4), (2, 1, 3), (4, 2, 2)])
+def test_tokens_bring_the_images_back_when_codes_suffice(patch, stride, channels):
+    rng = np.random.default_rng(0)
+    size = patch + 2 * stride
+    images = rng.integers(0, 5, size=(6, size, size, channels)).astype(np.float32) / 4
+    codes = len(np.unique(maskgit.image_patches(images, patch, stride).reshape(-1, patch * patch * channels), axis=0))
+    tokenizer = PatchTokenizer.fit(images, codes, patch, stride, seed=1)
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (6, 3, 3) and tokens.dtype == np.int64
+    np.testing.assert_allclose(tokenizer.decode(tokens), images, atol=1e-5)
+
+
+def test_patches_are_flattened_row_by_row_and_stitched_by_hand():
+    image = np.arange(25, dtype=np.float32).reshape(1, 5, 5, 1)
+    patches = maskgit.image_patches(image, 3, 2)
+    assert patches.shape == (1, 2, 2, 9)
+    assert patches[0, 0, 1].tolist() == [2, 3, 4, 7, 8, 9, 12, 13, 14]
+    # Four constant 3x3 patches, two pixels apart: where two overlap it is their mean, in the middle that of all.
+    tokenizer = PatchTokenizer(np.repeat([[1.0], [2.0], [3.0], [4.0]], 9, axis=1), patch=3, stride=2)
+    expected = [
+        [1, 1, 1.5, 2, 2],
+        [1, 1, 1.5, 2, 2],
+        [2, 2, 2.5, 3, 3],
+        [3, 3, 3.5, 4, 4],
+        [3, 3, 3.5, 4, 4],
+    ]
+    assert tokenizer.decode(np.array([[[0, 1], [2, 3]]]))[0, :, :, 0].tolist() == expected
+
+
+def test_encoding_many_images_equals_one_at_a_time():
+    images = np.random.default_rng(0).random((7, 8, 12, 3)).astype(np.float32)
+    tokenizer = PatchTokenizer.fit(images, 10, 4)
+    expected = np.concatenate([tokenizer.encode(images[i : i + 1]) for i in range(7)])
+    assert expected.shape == (7, 2, 3)
+    assert (tokenizer.encode(images) == expected).all()
+    large = np.tile(images, (4, 32, 20, 1))  # more than are encoded at once
+    expected = np.concatenate([tokenizer.encode(large[i : i + 1]) for i in range(28)])
+    assert (tokenizer.encode(large) == expected).all()
+
+
+def test_tokenizer_refuses_images_that_do_not_fit():
+    tokenizer = PatchTokenizer(np.zeros((2, 27)), patch=3)
+    with pytest.raises(ValueError, match="1 channels"):
+        tokenizer.encode(np.zeros((1, 9, 9, 1)))
+    with pytest.raises(ValueError, match="10x9"):
+        tokenizer.encode(np.zeros((1, 9, 10, 3)))
+    with pytest.raises(ValueError, match="stride 4"):
+        PatchTokenizer(np.zeros((2, 27)), patch=3, stride=4)
+
+
+def test_tokenizer_travels_in_the_checkpoint(tmp_path):
+    images = np.random.default_rng(0).random((4, 8, 8, 1)).astype(np.float32)
+    tokenizer = PatchTokenizer.fit(images, 5, 4, stride=2)
+    save_checkpoint(tmp_path / "model.pt", tiny_model(), tokenizer=tokenizer)
+    loaded = load_checkpoint(tmp_path / "model.pt")["tokenizer"]
+    assert (loaded.encode(images) == tokenizer.encode(images)).all()
+    assert (loaded.patch, loaded.stride) == (4, 2)
+    save_checkpoint(tmp_path / "model.pt", tiny_model())
+    assert load_checkpoint(tmp_path / "model.pt")["tokenizer"] is None
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -98,6 +273,16 @@ def test_position_encoding_refuses_what_it_cannot_do():
         position_encoding(grid_coords(2, 2), 18)
     with pytest.raises(ValueError, match="split or printed"):
         position_encoding(grid_coords(2, 2), 16, "learned")
+
+
+def test_rotary_angles_equal_their_formula():
+    coords = torch.tensor([[2.0, -1.5], [0.25, 3.0]])
+    angles = rotary_angles(coords, 12)  # three frequencies for each axis
+    for row, (x, y) in enumerate(coords.tolist()):
+        expected = [value * math.pi / 100 ** (i / 3) for value in (x, y) for i in range(3)]
+        assert angles[row].tolist() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="divisible by 4, not 6"):
+        rotary_angles(coords, 6)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -148,6 +333,32 @@ def test_dropout_follows_attention_and_mlp_in_training():
     dropped = (block.dropout(torch.ones(1000)) == 0).float().mean()
     assert 0.4 < dropped < 0.6
     assert not torch.equal(block(x), block(x))
+
+
+def test_rotary_attention_sees_differences_of_coordinates_alone():
+    torch.manual_seed(0)
+    attention, x = Attention(16, 2), torch.randn(1, 5, 16)
+    coords = torch.rand(5, 2) * 6
+    here, moved, mirrored = (
+        attention(x, rotary_angles(at, 8)[None, None]) for at in (coords, coords + torch.tensor([3.0, -7.5]), -coords)
+    )
+    torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
+    assert (here - mirrored).abs().max() > 1e-3
+    # The score of one pair by hand: both vectors turned as complex numbers.
+    angles = rotary_angles(coords, 8)
+    query, key = (torch.randn(8) for _ in range(2))
+    turned = [torch.complex(v[:4], v[4:]) * torch.exp(1j * angles[i]) for v, i in ((query, 0), (key, 1))]
+    expected = (turned[0] * turned[1].conj()).real.sum()
+    found = (turn(query[None, None, None], angles[0]) * turn(key[None, None, None], angles[1])).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_rotary_model_takes_shared_and_own_coordinates():
+    model = tiny_model(rotary=True)
+    tokens, coords = torch.randint(0, 6, (3, 4), generator=seeded()), grid_coords(2, 2)
+    shared = model(tokens, coords)
+    torch.testing.assert_close(model(tokens, coords.expand(3, 4, 2)), shared)
+    assert (shared - tiny_model()(tokens, coords)).abs().max() > 1e-3  # the same weights without it
 
 
 @pytest.mark.parametrize("head", ["tied", "cosine", "linear"])
@@ -241,6 +452,22 @@ def test_random_mask_hides_every_token_equally_often():
 def test_random_mask_refuses_impossible_ratios():
     with pytest.raises(ValueError, match="between 0 and 1"):
         random_mask((2, 4), 1.5)
+
+
+def test_training_masks_of_several_kinds_share_the_rows():
+    mask = training_mask((6, 100), "0.2+single+linear", seeded())
+    assert mask.sum(dim=1)[:4].tolist() == [20, 20, 1, 1]
+    assert training_mask((6, 100), "0.2", seeded()).sum() == 120
+    for kind in ("sideways", "0.2+", "1.5", "nan"):
+        with pytest.raises(ValueError):
+            training_mask((6, 100), kind)
+
+
+def test_soft_targets_in_the_loss_by_hand():
+    logits, mask = torch.randn(2, 3, 4, generator=seeded()), torch.tensor([[True, False, True], [False, True, False]])
+    targets = torch.rand(2, 3, 4, generator=seeded(1)).softmax(dim=-1)
+    expected = -(targets * logits.log_softmax(dim=-1)).sum(dim=-1)[mask].mean()
+    torch.testing.assert_close(masked_cross_entropy(logits, targets, mask), expected)
 
 
 def test_masked_cross_entropy_by_hand():
@@ -531,6 +758,16 @@ def test_every_position_trains_on_given_tokens_too():
     assert train(model, striped_batch, steps=1, every_position=True)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_soft_targets_are_what_training_aims_at():
+    trained = []
+    for targets in (None, torch.eye(2), torch.full((2, 2), 0.5)):
+        model = tiny_model(codes=2)
+        train(model, striped_batch, steps=3, soft_targets=targets)
+        trained.append(weights(model))
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=1e-5)
+    assert (trained[0] - trained[2]).abs().max() > 1e-3
+
+
 def test_moving_average_is_what_comes_out(tmp_path):
     path = []
     plain = tiny_model(codes=2)
@@ -765,7 +1002,7 @@ def posterior_by_counting(prior, tokens, mask):
 def test_posterior_equals_counting():
     prior = train_squares.all_squares(8, 2, 5)
     tokens = prior[torch.randint(126, (40,), generator=seeded())]
-    mask = train_squares.draw_mask("cosine", tokens.shape, seeded(1))
+    mask = training_mask(tokens.shape, "cosine", seeded(1))
     found = train_squares.posterior(prior, tokens, mask)
     for row in range(40):
         assert found[row].tolist() == pytest.approx(posterior_by_counting(prior, tokens[row], mask[row]))
@@ -799,7 +1036,7 @@ def test_score_is_the_expected_loss():
     prior, model = train_squares.all_squares(8, 2, 5), tiny_model(codes=2)
     result = train_squares.score(model, prior, "cosine", 4096, 1)
     tokens = prior[torch.randint(126, (4096,), generator=seeded(2))]
-    mask = train_squares.draw_mask("cosine", tokens.shape, seeded(3))
+    mask = training_mask(tokens.shape, "cosine", seeded(3))
     with torch.no_grad():
         log_probs = model(tokens.masked_fill(mask, 2), grid_coords(8, 8)).log_softmax(dim=-1)
     drawn = -log_probs.gather(-1, tokens[..., None])[..., 0][mask]
@@ -813,7 +1050,7 @@ def test_cosine_heads_limit_by_brute_force():
     prior = train_squares.all_squares(8, 2, 5)
     generator = seeded(train_squares.TEST_SEED)
     tokens = prior[torch.randint(126, (200,), generator=generator)]
-    mask = train_squares.draw_mask("cosine", tokens.shape, generator)
+    mask = training_mask(tokens.shape, "cosine", generator)
     white = train_squares.posterior(prior, tokens, mask)[mask][:, None]
     difference = torch.linspace(-2, 2, 401)
     losses = white * torch.nn.functional.softplus(-difference) + (1 - white) * torch.nn.functional.softplus(difference)
@@ -835,11 +1072,11 @@ def test_epochs_show_every_image_as_often():
 
 
 def test_draw_mask_kinds():
-    cosine = train_squares.draw_mask("cosine", (1000, 64), seeded()).sum(dim=1)
+    cosine = training_mask((1000, 64), "cosine", seeded()).sum(dim=1)
     expected = [math.ceil(64 * math.cos(math.pi / 2 * (i + 0.5) / 1000)) for i in range(1000)]
     assert (cosine - torch.tensor(expected)).abs().max() <= 1
-    assert (train_squares.draw_mask("single", (9, 64), seeded()).sum(dim=1) == 1).all()
-    assert (train_squares.draw_mask("0.2", (9, 64), seeded()).sum(dim=1) == 13).all()
+    assert (training_mask((9, 64), "single", seeded()).sum(dim=1) == 1).all()
+    assert (training_mask((9, 64), "0.2", seeded()).sum(dim=1) == 13).all()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1043,6 +1280,281 @@ def test_an_out_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys)
     (tmp_path / "file").write_text("in the way")
     assert call(monkeypatch, *TINY, "--steps", "2", "--out", tmp_path / "file" / "run") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# train_rectangles.py: rectangles, tokens, the posterior
+
+SPARSE, GRID = (argparse.Namespace(task=task) for task in ("sparse", "grid"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_rectangles.fit_tokenizer(0)
+
+
+def test_rectangles_are_uniform_corners_with_room_between():
+    for pixels in (None, 16):
+        rectangles = train_rectangles.draw_rectangles(5000, np.random.default_rng(0), pixels)
+        sides = rectangles[:, 2:] - rectangles[:, :2]
+        assert rectangles.min() >= 0 and rectangles.max() <= 16 and sides.min() >= 2
+        # The distance of two uniform numbers in [0, 16], if it is at least 2, has the mean below.
+        assert sides.mean() == pytest.approx(2 + 14 / 3, abs=0.15)
+    assert (rectangles * 16 == np.rint(rectangles * 16)).all()
+
+
+def test_coverage_equals_an_integration_on_8192_points():
+    rng = np.random.default_rng(0)
+    rectangles = train_rectangles.draw_rectangles(6, rng)
+    points = rng.random((6, 5, 2)) * 12
+    exact = train_rectangles.coverage(rectangles, points).reshape(6, 5, 4, 4)
+    halves = (np.arange(8192) + 0.5) / 8192
+    for image, point, row, column in itertools.product(range(6), range(5), range(4), range(4)):
+        x0, y0, x1, y1 = rectangles[image]
+        x, y = points[image, point] + (column, row)
+        inside_x = ((x0 < x + halves) & (x + halves < x1)).mean()
+        inside_y = ((y0 < y + halves) & (y + halves < y1)).mean()
+        assert exact[image, point, row, column] == pytest.approx(inside_x * inside_y, abs=3e-4)
+
+
+def test_images_are_the_area_downsampled_pictures_of_256_pixels():
+    rectangles = train_rectangles.draw_rectangles(4, np.random.default_rng(0), 16)
+    for rectangle, image in zip(rectangles, train_rectangles.draw_images(rectangles), strict=True):
+        x0, y0, x1, y1 = (rectangle * 16).astype(int)
+        large = np.zeros((256, 256))
+        large[y0:y1, x0:x1] = 1
+        np.testing.assert_allclose(image[:, :, 0], large.reshape(16, 16, 16, 16).mean(axis=(1, 3)), atol=1e-6)
+
+
+def test_sparse_tokens_on_the_grid_are_the_grids_tokens(tokenizer):
+    rectangles = train_rectangles.draw_rectangles(50, np.random.default_rng(1))
+    grid = tokenizer.encode(train_rectangles.draw_images(rectangles)).reshape(50, 169)
+    assert (train_rectangles.encode(rectangles, train_rectangles.GRID_POINTS, tokenizer) == grid).all()
+    chosen = np.array([[3.0, 0.0], [12.0, 7.0]])
+    sparse = train_rectangles.encode(rectangles, np.tile(chosen, (50, 1, 1)), tokenizer)
+    assert (sparse == grid[:, [3, 7 * 13 + 12]]).all()
+
+
+def test_codebook_is_that_of_the_sources_rectangles(tokenizer):
+    assert tokenizer.centroids.shape == (20, 16)
+    assert (tokenizer.patch, tokenizer.stride) == (4, 1)
+    rectangles = train_rectangles.training_rectangles(argparse.Namespace(rectangles=100, seed=0))
+    patches = maskgit.image_patches(train_rectangles.draw_images(rectangles), 4, 1).reshape(-1, 16)
+    labels = tokenizer.nearest(patches)
+    for code, centroid in enumerate(tokenizer.centroids):  # each is the mean of what it stands for
+        np.testing.assert_allclose(centroid, patches[labels == code].mean(axis=0), atol=0.05)
+
+
+def test_point_samplings():
+    rng = np.random.default_rng(0)
+    rectangles = train_rectangles.draw_rectangles(300, rng)
+    edges = train_rectangles.draw_points("edges", rectangles, 8, rng)
+    mixed = train_rectangles.coverage(rectangles, edges).mean(axis=-1)
+    assert ((mixed > 0) & (mixed < 1))[:, ::2].mean() > 0.99
+    assert ((mixed > 0) & (mixed < 1))[:, 1::2].mean() < 0.7
+    cornerless = train_rectangles.draw_points("cornerless", rectangles, 8, rng)
+    for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
+        for (x, y), corner_x, corner_y in itertools.product(points, (x0, x1), (y0, y1)):
+            assert not (x < corner_x < x + 4 and y < corner_y < y + 4)
+    for points in (edges, cornerless):
+        assert points.min() >= 0 and points.max() <= 12
+
+
+def test_soft_targets_weigh_codes_by_distance():
+    tokenizer = PatchTokenizer(np.array([[0.0], [0.3], [2.0]]), patch=1)
+    targets = train_rectangles.soft_targets(tokenizer, 0.5)
+    weights = np.exp(-(np.array([0.0, 0.3, 2.0]) ** 2) / 0.25)
+    np.testing.assert_allclose(targets[0], weights / weights.sum(), atol=1e-6)
+    np.testing.assert_allclose(targets.sum(dim=1), 1, atol=1e-6)
+
+
+def test_batches_depend_on_the_step_alone(tokenizer):
+    settings = argparse.Namespace(task="sparse", seed=3, batch_size=6, rectangles=None, points=5, mask="0.2")
+    settings.sampling = "uniform"
+    first, second = (train_rectangles.make_batch(tokenizer, settings) for _ in range(2))
+    for step in (4, 0):
+        assert all((a == b).all() for a, b in zip(first(step), second(step), strict=True))
+    assert not torch.equal(first(0)[2], first(1)[2])
+    settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures
+    settings.task = "grid"
+    shown = {
+        tuple(tokens)
+        for step in range(5)
+        for tokens in train_rectangles.make_batch(tokenizer, settings)(step)[0].tolist()
+    }
+    assert len(shown) == 2
+
+
+def test_posterior_equals_rejection_sampling(tokenizer):
+    """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
+    rng = np.random.default_rng(0)
+    truth = train_rectangles.draw_rectangles(3, rng)
+    test = train_rectangles.make_test(SPARSE, truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
+    prior = train_rectangles.draw_rectangles(100_000, rng)
+    hidden_so_far = 0
+    for points, tokens, mask in zip(test.points, test.tokens, test.mask, strict=True):
+        drawn = train_rectangles.encode(prior, points, tokenizer)
+        agreeing = drawn[(drawn == tokens)[:, ~mask].all(axis=1)]
+        assert len(agreeing) > 200
+        for position in np.flatnonzero(mask):
+            expected = np.bincount(agreeing[:, position], minlength=20) / len(agreeing)
+            found = test.posterior[hidden_so_far].numpy()
+            assert np.abs(found - expected).sum() / 2 < 0.1
+            hidden_so_far += 1
+
+
+def test_posterior_of_everything_hidden_is_the_prior(tokenizer):
+    """Whatever the chain starts from: the share of prior rectangles that leave a patch empty is known exactly."""
+    truth = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1))
+    points, mask = np.tile([[0.0, 0.0]], (40, 1, 1)), np.ones((40, 1), dtype=bool)
+    chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, np.random.default_rng(0))
+    states = np.concatenate([state.copy() for state, _ in itertools.islice(chain, 1000, 3000, 10)])
+    # Two uniform corners in [0, 16] at least 2 apart: both in [4, 16] has the probability (10 / 14)^2 on an axis.
+    empty = 1 - (1 - (10 / 14) ** 2) ** 2
+    found = (train_rectangles.coverage(states, np.zeros((1, 2))).sum(axis=(1, 2)) == 0).mean()
+    assert found == pytest.approx(empty, abs=0.04)
+
+
+@pytest.mark.parametrize("settings", [SPARSE, GRID])
+def test_the_posteriors_draws_agree_with_what_is_visible(settings, tokenizer):
+    rectangles = train_rectangles.unseen_rectangles(settings, 20, 5)
+    test = train_rectangles.make_test(settings, rectangles, tokenizer, proposals=200)
+    drawn = train_rectangles.encode(test.draws, test.points, tokenizer)
+    assert (drawn == test.tokens)[~test.mask].all()
+    assert not np.array_equal(test.draws, rectangles)
+    assert (test.posterior.sum(dim=1) - 1).abs().max() < 1e-5
+    if settings is GRID:
+        assert (test.draws * 16 == np.rint(test.draws * 16)).all()
+        half = train_rectangles.make_test(settings, rectangles, tokenizer, mask="half")
+        assert half.mask.reshape(20, 13, 13).all(axis=(0, 1)).tolist() == [True] * 6 + [False] * 7
+        assert half.mask.sum() == 20 * 13 * 6
+
+
+def test_score_of_the_posterior_itself_is_the_limit(tokenizer, monkeypatch):
+    rectangles = train_rectangles.unseen_rectangles(SPARSE, 60, 5)
+    test = train_rectangles.make_test(SPARSE, rectangles, tokenizer, proposals=2000)
+    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: test.posterior.log().clamp(min=-50))
+    perfect = train_rectangles.score(None, test)
+    assert perfect["cross_entropy"] == pytest.approx(perfect["limit"], rel=1e-5)
+    assert perfect["accuracy"] == perfect["posterior_accuracy"]
+    codes = test.tokens[test.mask]
+    assert perfect["commonest"] == pytest.approx(max(np.mean(codes == code) for code in range(20)))
+    assert perfect["hits"] == perfect["posterior_hits"]
+    assert perfect["hits"] == pytest.approx(perfect["accuracy"], abs=0.08)
+    uniform = torch.full_like(test.posterior, 1 / 20).log()
+    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: uniform)
+    assert train_rectangles.score(None, test)["cross_entropy"] == pytest.approx(math.log(20), rel=1e-5)
+
+
+def test_picture_error_by_hand(tokenizer):
+    rectangles = train_rectangles.draw_rectangles(2, np.random.default_rng(0), 16)
+    tokens = train_rectangles.encode(rectangles, train_rectangles.GRID_POINTS, tokenizer)
+    found = train_rectangles.picture_errors(tokens, tokenizer, rectangles)
+    for i, rectangle in enumerate(rectangles):
+        cells = [[[] for _ in range(16)] for _ in range(16)]
+        for position, code in enumerate(tokens[i]):
+            for cell, value in enumerate(tokenizer.centroids[code]):
+                cells[position // 13 + cell // 4][position % 13 + cell % 4].append(value)
+        stitched = np.array([[np.mean(values) for values in row] for row in cells])
+        truth = train_rectangles.draw_images(rectangle[None])[0, :, :, 0]
+        assert found[i] == pytest.approx(np.abs(stitched - truth).mean(), rel=1e-4)
+
+
+def test_patches_are_drawn_where_they_lie(tokenizer):
+    cell = train_rectangles.CELL
+    brightest = tokenizer.centroids.mean(axis=1).argmax()
+    drawn = train_rectangles.draw_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
+    rows, columns = np.nonzero(drawn != train_rectangles.GREY)
+    assert (rows.min(), rows.max()) == (10 * cell, 14 * cell - 1)
+    assert (columns.min(), columns.max()) == (cell // 2, cell // 2 + 4 * cell - 1)
+    boxed = train_rectangles.draw_boxes(drawn, [(2, 3, 5, 6, (255, 0, 0))])
+    assert boxed[3 * cell, 3 * cell].tolist() == [1, 0, 0]
+    assert boxed[6 * cell - 1, 5 * cell - 1].tolist() == [1, 0, 0]
+    assert boxed[6 * cell, 5 * cell].tolist() != [1, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------
+# train_rectangles.py as a user runs it
+
+SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch-size", "8", "--steps", "4"]
+SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
+
+
+def call_rectangles(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["train_rectangles.py", *map(str, arguments)])
+    train_rectangles.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "scored", "table"),
+    [
+        (["--task", "grid"], ["unseen rectangles", "cosine masking", "left half hidden"], "mean error of a cell"),
+        (["--task", "sparse"], ["unseen rectangles", "6 points", "12 points", "48 points", "96 points"], "share"),
+        (
+            ["--task", "sparse", "--rectangles", "3", "--soft-targets", "0.5", "--sampling", "edges"],
+            ["unseen rectangles", "training rectangles", "6 points", "12 points", "48 points", "96 points"],
+            "training rectangles",
+        ),
+    ],
+)
+def test_rectangles_run_leaves_what_it_promises(options, scored, table, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    call_rectangles(monkeypatch, *options, *SMALL, "--out", out, "--json", tmp_path / "copy.json")
+    assert {path.name for path in out.iterdir()} == {
+        *("model.pt", "log.csv", "metrics.json", "loss.png", "samples.png", "rectangles.png", "centroids.png")
+    }
+    figures = json.loads((out / "metrics.json").read_text())
+    assert list(figures["scores"]) == scored
+    assert figures == json.loads((tmp_path / "copy.json").read_text())
+    printed = capsys.readouterr().out
+    assert table in printed and str(out / "samples.png") in printed
+    for row in figures["scores"].values():
+        assert row["cross_entropy"] >= row["limit"] and row["accuracy"] <= row["posterior_accuracy"] + 1e-6
+    checkpoint = load_checkpoint(out / "model.pt")
+    assert checkpoint["tokenizer"].centroids.shape == (20, 16)
+    assert checkpoint["model"].mask_id == 20
+    monkeypatch.setattr(train_rectangles, "fit_tokenizer", None)  # a resumed run takes the one it has
+    call_rectangles(monkeypatch, *options, *SMALL, "--out", out, "--resume")
+    again = json.loads((out / "metrics.json").read_text())
+    assert again["scores"] == figures["scores"]
+    with pytest.raises(ValueError, match="holds a run already"):
+        call_rectangles(monkeypatch, *options, *SMALL, "--out", out)
+
+
+def test_remedies_on_a_small_scale(tmp_path, monkeypatch, capsys):
+    call_rectangles(monkeypatch, "--remedies", *SMALL, "--out", tmp_path / "run")
+    figures = json.loads((tmp_path / "run" / "remedies.json").read_text())
+    assert len(figures["runs"]) == 2 * 4 * 3
+    assert len({(row["variant"], row["seed"]) for row in figures["runs"]}) == 24
+    losses = {row["variant"]: row["training_loss"] for row in figures["runs"] if row["seed"] == 0}
+    assert len(set(losses.values())) == 8  # each variant trains in a way of its own
+    assert (tmp_path / "run" / "remedies.png").is_file()
+    assert "100 rectangles, no corners" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--task", "round"],
+        ["--mask", "sideways"],
+        ["--mask", "0.2+1.5"],
+        ["--soft-targets", "-1"],
+        ["--rectangles", "0"],
+        ["--points", "1"],
+        ["--dim", "18"],
+        ["--device", "abacus"],
+        ["--resume", "--out", "nowhere"],
+    ],
+)
+def test_rectangles_bad_input_gets_one_line_and_code_2(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_rectangles.py", *SMALL, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        maskgit.run_as_script(train_rectangles.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------

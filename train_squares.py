@@ -31,6 +31,7 @@ from maskgit import (
     image_grid,
     line_plot,
     load_checkpoint,
+    mask_kind,
     open_run,
     pick_device,
     precision_context,
@@ -42,6 +43,7 @@ from maskgit import (
     save_gif,
     step_seed,
     train_as_set,
+    training_mask,
     write_figures,
 )
 
@@ -100,15 +102,6 @@ class ExactModel:
 # Training data
 
 
-def draw_mask(kind, shape, generator):
-    """Hidden pixels (B, T): kind is "cosine" (S1), "single" (one pixel, S2) or a fraction such as "0.2" (S2)."""
-    if kind == "cosine":
-        # One ratio from each B-th of [0, 1): the mean loss of a batch then depends less on luck.
-        r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
-        return random_mask(shape, SCHEDULES["cosine"](r.numpy()), generator)
-    return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
-
-
 def make_batch(prior, settings):
     """batch(step) for train(): each epoch shows every image `presentations` times in a random order."""
     coords = grid_coords(settings.grid, settings.grid)
@@ -125,7 +118,7 @@ def make_batch(prior, settings):
         stream = torch.cat([epoch_order(epoch) for epoch in epochs])
         start = first - epochs[0] * epoch_length
         tokens = prior[stream[start : start + size]]
-        mask = draw_mask(settings.mask, tokens.shape, torch.Generator().manual_seed(step_seed(seed, step)))
+        mask = training_mask(tokens.shape, settings.mask, torch.Generator().manual_seed(step_seed(seed, step)))
         return tokens, mask, coords
 
     return batch
@@ -144,7 +137,7 @@ def score(model, prior, kind, count, seed):
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
-    mask = draw_mask(kind, tokens.shape, generator)
+    mask = training_mask(tokens.shape, kind, generator)
     device, side = next(model.parameters()).device, math.isqrt(tokens.shape[1])
     coords = grid_coords(side, side).to(device)
     inputs = tokens.masked_fill(mask, MASK_ID).split(1024)
@@ -249,7 +242,7 @@ def draw_samples(model, prior, side, device, seed):
     generator = torch.Generator().manual_seed(seed)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
     right = (grid_coords(side, side)[:, 0] >= side / 2).expand(4, -1)
-    masks = [draw_mask(kind, (4, side * side), generator) for kind in ("0.2", "cosine", "0.5")] + [right]
+    masks = [training_mask((4, side * side), kind, generator) for kind in ("0.2", "cosine", "0.5")] + [right]
     mask = torch.cat(masks)
     masked = truth.masked_fill(mask, MASK_ID)
     coords, decoder = grid_coords(side, side).to(device), torch.Generator(device).manual_seed(seed)
@@ -318,7 +311,7 @@ def run(settings):
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
     parameters = sum(p.numel() for p in model.parameters())
     figures = {"images": len(prior), "parameters": parameters, "tasks": tasks, "completions": completions}
-    write_figures(settings, "metrics.json", {"seconds": seconds, **figures})
+    write_figures(settings, {"seconds": seconds, **figures}, settings.out / "metrics.json", settings.json)
 
     print_tasks(tasks)
     print_completions(completions)
@@ -367,7 +360,7 @@ def run_completions(settings):
         compare = functools.partial(compare_orders, checkpoint["model"], prior, device, seed=TEST_SEED)
         rows = compare(inputs, cosine) + compare(nothing, others)
         figures = {"completions": rows, "entropy_variants": compare(nothing, variants)}
-    write_figures(settings, "completions.json", figures)
+    write_figures(settings, figures, settings.out / "completions.json", settings.json)
     shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
     for marginals in ("model", "exact"):
         curves = {}
@@ -409,7 +402,7 @@ def cosine_head_limit(prior, kind, count):
     is the posterior kept within sigmoid(-2) .. sigmoid(2)."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
-    mask = draw_mask(kind, tokens.shape, generator)
+    mask = training_mask(tokens.shape, kind, generator)
     white = posterior(prior, tokens, mask)[mask]
     least = torch.sigmoid(torch.tensor(-2.0))
     return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
@@ -435,7 +428,12 @@ def run_ablation(settings):
         "cosine head's best": cosine_head_limit(prior, settings.mask, TEST_COUNT),
         "exact posterior": rows[0]["limit"],
     }
-    write_figures(settings, "ablation.json", {"logged_steps": curves["S1"][0], "references": references, "runs": rows})
+    write_figures(
+        settings,
+        {"logged_steps": curves["S1"][0], "references": references, "runs": rows},
+        settings.out / "ablation.json",
+        settings.json,
+    )
     line_plot(
         curves,
         title="S1's recipe and its repairs, mean of three seeds",
@@ -483,17 +481,6 @@ VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
 VALIDATION_COUNT, TEST_COUNT = 512, 4096
 
 
-def mask_kind(text):
-    """An argparse type: "cosine", "single" or a fraction."""
-    try:
-        known = text in ("cosine", "single") or 0 < float(text) <= 1
-    except ValueError:
-        known = False
-    if not known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither cosine, nor single, nor a fraction in (0, 1]")
-    return text
-
-
 def parse_arguments():
     parser, count = CommandLine(__doc__), at_least(1)
     add = parser.add_argument_group("what to do").add_argument
@@ -506,7 +493,12 @@ def parse_arguments():
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)
     add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
-    add("--mask", type=mask_kind, default="cosine", help="cosine, single (pixel), or a fraction such as 0.2")
+    add(
+        "--mask",
+        type=mask_kind,
+        default="cosine",
+        help="single (pixel), a schedule such as cosine, or a fraction such as 0.2",
+    )
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
     parser.add_model_options()
