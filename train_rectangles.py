@@ -530,7 +530,7 @@ def run_remedies(settings):
 SHOWN = {"100 rectangles": 100, "fresh ones": None}
 DEFAULTS = {
     "grid": {"dim": 64, "heads": 4, "layers": 4, "steps": 3000, "batch_size": 64, "lr": 6e-3, "mask": "0.2+cosine"},
-    "sparse": {"dim": 96, "heads": 4, "layers": 4, "steps": 6000, "batch_size": 256, "lr": 6e-3, "mask": "0.35"},
+    "sparse": {"dim": 64, "heads": 4, "layers": 4, "steps": 5500, "batch_size": 256, "lr": 6e-3, "mask": "0.35"},
 }
 # One size and budget for all remedies.
 REMEDY_DEFAULTS = {"dim": 64, "steps": 600, "out": Path("runs/rectangles_remedies")}
@@ -560,6 +560,7 @@ def parse_arguments():
     known = parser.parse_known_args()[0]
     task = "sparse" if known.remedies else known.task
     defaults = {"task": task, "out": Path(f"runs/rectangles_{task}"), "test_images": 200 if task == "grid" else 1000}
+    defaults["rotary"] = True
     parser.set_defaults(**defaults | DEFAULTS[task] | (REMEDY_DEFAULTS if known.remedies else {}))
     return parser.parse_args()
 
