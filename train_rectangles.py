@@ -529,11 +529,11 @@ def run_remedies(settings):
 
 SHOWN = {"100 rectangles": 100, "fresh ones": None}
 DEFAULTS = {
-    "grid": {"dim": 64, "heads": 4, "layers": 4, "steps": 3000, "batch_size": 64, "lr": 6e-3, "mask": "0.2+cosine"},
-    "sparse": {"dim": 64, "heads": 4, "layers": 4, "steps": 5500, "batch_size": 256, "lr": 6e-3, "mask": "0.35"},
+    "grid": {"steps": 5000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.5+cosine"},
+    "sparse": {"steps": 5500, "batch_size": 256, "heads": 4, "lr": 6e-3, "mask": "0.35"},
 }
-# One size and budget for all remedies.
-REMEDY_DEFAULTS = {"dim": 64, "steps": 600, "out": Path("runs/rectangles_remedies")}
+# One budget for all remedies.
+REMEDY_DEFAULTS = {"steps": 600, "out": Path("runs/rectangles_remedies")}
 
 
 def parse_arguments():
@@ -542,7 +542,7 @@ def parse_arguments():
     add("--task", choices=DEFAULTS, default="grid")
     add("--remedies", action="store_true", help="S2's four remedies on the sparse task, three seeds each")
     add("--test-images", type=at_least(8), help="default 1000, of the grid task 200")
-    add("--proposals", type=count, default=8000, help="length of the chain behind each posterior, default %(default)s")
+    add("--proposals", type=count, help="of the chain behind each posterior; default 8000, of the grid task 3000")
     parser.add_run_options("runs/rectangles_TASK")
     add = parser.add_argument_group("images").add_argument
     add("--rectangles", type=count, help="train on so many rectangles (S2: 100); default: fresh ones at every step")
@@ -560,7 +560,7 @@ def parse_arguments():
     known = parser.parse_known_args()[0]
     task = "sparse" if known.remedies else known.task
     defaults = {"task": task, "out": Path(f"runs/rectangles_{task}"), "test_images": 200 if task == "grid" else 1000}
-    defaults["rotary"] = True
+    defaults |= {"proposals": 3000 if task == "grid" else 8000, "dim": 64, "layers": 4, "rotary": True}
     parser.set_defaults(**defaults | DEFAULTS[task] | (REMEDY_DEFAULTS if known.remedies else {}))
     return parser.parse_args()
 
