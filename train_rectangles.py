@@ -530,7 +530,7 @@ def run_remedies(settings):
 SHOWN = {"100 rectangles": 100, "fresh ones": None}
 DEFAULTS = {
     "grid": {"steps": 5000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.5+cosine"},
-    "sparse": {"steps": 5500, "batch_size": 256, "heads": 4, "lr": 6e-3, "mask": "0.35"},
+    "sparse": {"steps": 7500, "batch_size": 256, "heads": 4, "lr": 6e-3, "mask": "0.35"},
 }
 # One budget for all remedies.
 REMEDY_DEFAULTS = {"steps": 600, "out": Path("runs/rectangles_remedies")}
@@ -562,7 +562,10 @@ def parse_arguments():
     defaults = {"task": task, "out": Path(f"runs/rectangles_{task}"), "test_images": 200 if task == "grid" else 1000}
     defaults |= {"proposals": 3000 if task == "grid" else 8000, "dim": 64, "layers": 4, "rotary": True}
     parser.set_defaults(**defaults | DEFAULTS[task] | (REMEDY_DEFAULTS if known.remedies else {}))
-    return parser.parse_args()
+    settings = parser.parse_args()
+    if settings.remedies and settings.task != "sparse":
+        parser.error("--remedies are those of the sparse task")
+    return settings
 
 
 def main():
