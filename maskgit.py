@@ -5,9 +5,9 @@ sees all the others at once and gives, for each hidden one, a distribution over 
 commits a few hidden tokens per step until none is left. Read from top to bottom:
 
     Tokens        kmeans, PatchTokenizer
-    Positions     position_encoding, grid_coords
+    Positions     grid_coords, position_encoding, rotary_angles
     Transformer   Attention, Block, MaskGIT
-    Masking       SCHEDULES, random_mask, masked_cross_entropy
+    Masking       SCHEDULES, random_mask, training_mask, masked_cross_entropy
     Decoding      decode
     Running       pick_device, seed_everything, train, save_checkpoint, load_checkpoint
     Pictures      image_grid, line_plot, save_gif

@@ -406,11 +406,14 @@ def run(settings):
     figures = (score_grid if settings.task == "grid" else score_sparse)(model, tokenizer, settings)
     column = {name: [row[name] for row in history] for name in history[0]}
     line_plot(
-        {"training batches": (column["step"], column["loss"]), "unseen rectangles": (column["step"], column["unseen"])},
+        {
+            f"training, mask {settings.mask}": (column["step"], column["loss"]),
+            "unseen, mask 0.2": (column["step"], column["unseen"]),
+        },
         title=f"Rectangles, {settings.task} task",
         x_label="step",
         y_label="cross-entropy, nats per hidden token",
-        references={"posterior": figures["scores"]["unseen rectangles"]["limit"]},
+        references={"posterior, mask 0.2": figures["scores"]["unseen rectangles"]["limit"]},
         log_y=True,
     ).save(out / "loss.png")
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
@@ -529,7 +532,7 @@ def run_remedies(settings):
 
 SHOWN = {"100 rectangles": 100, "fresh ones": None}
 DEFAULTS = {
-    "grid": {"steps": 5000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.5+cosine"},
+    "grid": {"steps": 8000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.4+0.5+cosine"},
     "sparse": {"steps": 7500, "batch_size": 256, "heads": 4, "lr": 6e-3, "mask": "0.35"},
 }
 # One budget for all remedies.
