@@ -210,9 +210,10 @@ def make_test(settings, rectangles, tokenizer, *, points=24, mask="0.2", proposa
     """The task's tokens of these rectangles (B, 4), and the posterior of the hidden ones from a chain of so many
     proposals. mask: a kind of training_mask, or "half" for the patches centred in the left half of the image."""
     rng = np.random.default_rng([seed, 1])
-    positions = draw_points("uniform", rectangles, points, rng)
     if settings.task == "grid":
         positions = np.tile(GRID_POINTS, (len(rectangles), 1, 1))
+    else:
+        positions = draw_points("uniform", rectangles, points, rng)
     tokens = encode(rectangles, positions, tokenizer)
     if mask == "half":
         hidden = positions[..., 0] + PATCH / 2 < SIZE / 2
@@ -276,24 +277,28 @@ def picture_errors(tokens, tokenizer, rectangles):
     return np.abs(tokenizer.decode(tokens.reshape(-1, side, side)) - draw_images(rectangles)).mean(axis=(1, 2, 3))
 
 
-def fill(model, test, seed):
+def fill(model, test, **options):
     """The test's tokens with the hidden ones filled in by decode: (B, T)."""
     device = next(model.parameters()).device
     tokens, mask, coords = (torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, test.points))
-    generator = torch.Generator(device).manual_seed(seed)
-    return decode(model, tokens, mask, coords.float(), generator=generator).cpu().numpy()
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    return decode(model, tokens, mask, coords.float(), generator=generator, **options).cpu().numpy()
 
 
-def score_pictures(model, test, tokenizer, seed):
-    """The picture error of the filled tokens; of the true tokens, which is the tokenizer's own; and of the tokens of a
-    draw from the posterior, which no sampler can do better than. The excess over those two: mean, standard error."""
-    drawn = np.where(test.mask, encode(test.draws, test.points, tokenizer), test.tokens)
-    candidates = {"filled": fill(model, test, seed), "tokenizer": test.tokens, "posterior": drawn}
+def score_pictures(model, test, tokenizer):
+    """The errors of four stitched pictures: what decode draws, beside a draw from the posterior; and what it finds
+    likeliest, beside the true tokens, whose error is the tokenizer's own. Each excess: its mean and standard error."""
+    candidates = {
+        "drawn": fill(model, test),
+        "posterior": np.where(test.mask, encode(test.draws, test.points, tokenizer), test.tokens),
+        "likeliest": fill(model, test, sample="argmax"),
+        "tokenizer": test.tokens,
+    }
     errors = {name: picture_errors(tokens, tokenizer, test.rectangles) for name, tokens in candidates.items()}
     result = {name: float(error.mean()) for name, error in errors.items()}
-    for other in ("tokenizer", "posterior"):
-        excess = errors["filled"] - errors[other]
-        result[f"excess_over_{other}"] = [float(excess.mean()), float(excess.std() / len(excess) ** 0.5)]
+    for name, other in (("drawn", "posterior"), ("likeliest", "tokenizer")):
+        excess = errors[name] - errors[other]
+        result[f"{name}_excess"] = [float(excess.mean()), float(excess.std() / len(excess) ** 0.5)]
     return result
 
 
@@ -333,12 +338,12 @@ def draw_versions(rectangles):
     return image_grid(pairs, len(pairs), titles=["256x256", "16x16"] * len(rectangles))
 
 
-def draw_grid_samples(model, tests, tokenizer, seed):
+def draw_grid_samples(model, tests, tokenizer):
     """Truth, masked, filled: a row for each kind of mask. A dot marks the centre of a hidden patch."""
     cells = []
     for test in tests:
         centre = GRID_POINTS + PATCH / 2
-        for tokens, mask, answer in zip(test.tokens, test.mask, fill(model, test, seed), strict=True):
+        for tokens, mask, answer in zip(test.tokens, test.mask, fill(model, test), strict=True):
             dots = [(x - 0.2, y - 0.2, x + 0.2, y + 0.2, ORANGE) for x, y in centre[mask]]
             cells.append(draw_boxes(draw_patches(GRID_POINTS, tokens, tokenizer), []))
             cells.append(draw_boxes(draw_patches(GRID_POINTS[~mask], tokens[~mask], tokenizer), dots))
@@ -347,12 +352,12 @@ def draw_grid_samples(model, tests, tokenizer, seed):
     return image_grid(np.stack(cells), 3 * images, titles=["truth", "masked", "filled"] * images)
 
 
-def draw_sparse_samples(model, test, tokenizer, draws, seed):
+def draw_sparse_samples(model, test, tokenizer, draws):
     """A row per image: the visible patches; with the predicted ones; with the true ones; and the mean of so many
     draws from the posterior. Hidden patches are framed in orange, the true rectangle in red."""
     predicted = test.tokens.copy()
     predicted[test.mask] = hidden_log_probs(model, test.points, test.tokens, test.mask).argmax(dim=-1).numpy()
-    chain = posterior_chain(test.rectangles, test.points, test.mask, tokenizer, np.random.default_rng(seed))
+    chain = posterior_chain(test.rectangles, test.points, test.mask, tokenizer, np.random.default_rng(TEST_SEED))
     side, spread = SIZE * CELL, 0
     for rectangles, _ in itertools.islice(chain, 0, 10 * draws, 10):
         spread += coverage(rectangles * CELL, np.zeros((1, 2)), side).reshape(-1, side, side) / draws
@@ -429,9 +434,9 @@ def score_grid(model, tokenizer, settings):
     scores, pictures, shown = {}, {}, []
     for mask, name in (("0.2", "unseen rectangles"), ("cosine", "cosine masking"), ("half", "left half hidden")):
         test = make_test(settings, rectangles, tokenizer, mask=mask, proposals=settings.proposals)
-        scores[name], pictures[name] = score(model, test), score_pictures(model, test, tokenizer, TEST_SEED)
+        scores[name], pictures[name] = score(model, test), score_pictures(model, test, tokenizer)
         shown.append(test.rows([len(rectangles) // 2, -1]))
-    draw_grid_samples(model, shown, tokenizer, TEST_SEED).save(settings.out / "samples.png")
+    draw_grid_samples(model, shown, tokenizer).save(settings.out / "samples.png")
     print_scores(scores)
     print_pictures(pictures)
     return {"scores": scores, "pictures": pictures}
@@ -451,7 +456,7 @@ def score_sparse(model, tokenizer, settings):
     }
     scores = {name: score(model, test) for name, test in tests.items()}
     shown = tests["unseen rectangles"].rows(slice(4))
-    draw_sparse_samples(model, shown, tokenizer, settings.proposals // 10, TEST_SEED).save(settings.out / "samples.png")
+    draw_sparse_samples(model, shown, tokenizer, settings.proposals // 10).save(settings.out / "samples.png")
     print_scores(scores)
     return {"scores": scores}
 
@@ -472,12 +477,14 @@ def print_scores(scores):
 
 
 def print_pictures(pictures):
-    head = ["mean error of a cell", "filled", "posterior draw", "true tokens", "excess over draw", "over true tokens"]
+    head = ["mean error of a cell", "drawn", "posterior draw", "excess", "likeliest", "true tokens", "excess"]
     rows = []
     for name, row in pictures.items():
-        errors = [f"{row[kind]:.5f}" for kind in ("filled", "posterior", "tokenizer")]
-        excess = [row["excess_over_posterior"], row["excess_over_tokenizer"]]
-        rows.append([name, *errors, *(f"{mean:+.5f} (s.e. {error:.5f})" for mean, error in excess)])
+        line = [name]
+        for kind, other in (("drawn", "posterior"), ("likeliest", "tokenizer")):
+            mean, error = row[f"{kind}_excess"]
+            line += [f"{row[kind]:.5f}", f"{row[other]:.5f}", f"{mean:+.5f} (s.e. {error:.5f})"]
+        rows.append(line)
     print_table(head, rows)
 
 
