@@ -1572,10 +1572,20 @@ def test_readme_example_runs_on_maskgit_alone(tmp_path):
     assert re.search(r"[01]", finished.stdout)
 
 
-def test_help_names_every_flag_and_pins_are_exact():
-    shown = subprocess.run([sys.executable, HERE / "train_squares.py", "--help"], capture_output=True, text=True)
-    for flag in ("--device", "--seed", "--preset", "--resume", "--precision", "--compile", "--ablation", "--mask"):
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("train_squares.py", ["--preset", "--ablation", "--completions", "--draws", "--positions"]),
+        ("train_rectangles.py", ["--task", "--remedies", "--rectangles", "--points", "--soft-targets", "--no-rotary"]),
+    ],
+)
+def test_help_names_every_flag(script, flags):
+    shown = subprocess.run([sys.executable, HERE / script, "--help"], capture_output=True, text=True)
+    for flag in [*flags, "--device", "--seed", "--resume", "--force", "--precision", "--compile", "--mask", "--out"]:
         assert flag in shown.stdout
+
+
+def test_pins_are_exact():
     pins = (HERE / "requirements.txt").read_text().split()
     assert sorted(pin.split("==")[0] for pin in pins) == ["numpy", "pillow", "pytest", "torch"]
     assert all(re.fullmatch(r"\w+==[\d.]+", pin) for pin in pins)
