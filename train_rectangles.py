@@ -547,7 +547,7 @@ def run_remedies(settings):
 
 SOURCES = {"100 rectangles": 100, "fresh ones": None}
 DEFAULTS = {
-    "grid": {"steps": 8000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.4+0.5+cosine"},
+    "grid": {"steps": 7000, "batch_size": 32, "heads": 2, "lr": 1e-2, "mask": "0.3+0.4+0.5+cosine"},
     "sparse": {"steps": 7500, "batch_size": 256, "heads": 4, "lr": 6e-3, "mask": "0.35"},
 }
 # One budget for all remedies.
