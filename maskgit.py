@@ -1282,9 +1282,9 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
 
     curves      {label: (x values, y values)}; points that are not finite, or not positive on a log
                 axis, are left out.
-    references  {label: y}: dashed horizontal lines, such as a limit that can be computed.
+    references  {label: y}: dashed horizontal lines, such as a limit that can be computed; likewise.
     """
-    references = references or {}
+    references = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
     lines = {}
     for label, (x, y) in curves.items():
         pairs = [(float(a), float(b)) for a, b in zip(x, y, strict=True)]

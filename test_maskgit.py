@@ -969,6 +969,8 @@ def test_line_plot_draws_the_curve_where_it_belongs():
     assert abs(np.median(blue[0]) - (60 + 468) / 2) <= 2 and blue[1].max() - blue[1].min() > 560
     with pytest.raises(ValueError, match="nothing to plot"):
         line_plot({"empty": ([1, 2], [math.nan, -1])}, title="t", x_label="x", y_label="y", log_y=True)
+    without = {"curves": {"a": ([1, 2], [1.0, 10.0])}, "title": "", "x_label": "", "y_label": "", "log_y": True}
+    assert line_plot(**without, references={"none": 0.0}).tobytes() == line_plot(**without).tobytes()
 
 
 def test_gif_has_every_frame(tmp_path):
