@@ -57,11 +57,12 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
 
     A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the
     mean variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start.
+    A seed repeats its result, as long as the number of threads, by which sums are rounded, is the same.
     Raises ValueError on points that are not finite, and on fewer than k distinct ones.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
-        raise ValueError(f"kmeans needs finite points of shape (N, D), not {points.shape} or NaN")
+        raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
     if k < 1 or restarts < 1 or max_iter < 1:
         raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
     require_distinct(points, k)
@@ -167,7 +168,8 @@ class PatchTokenizer:
         self.stride = stride or patch
         self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
         if rest or not 1 <= self.stride <= patch:
-            raise ValueError(f"centroids of {self.centroids.shape[1]} numbers, patch {patch}, stride {self.stride}?")
+            numbers = f"centroids of {self.centroids.shape[1]} numbers"
+            raise ValueError(f"{numbers} are no patches of side {patch}, or stride {self.stride} is not 1 to {patch}")
 
     @classmethod
     def fit(cls, images, codes, patch, stride=None, seed=0, **options):
