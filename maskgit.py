@@ -774,8 +774,9 @@ def run_record():
     machine = f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
+    script = Path(sys.argv[0])
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]]),
         "commit": commit,
         "machine": machine,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
