@@ -1372,7 +1372,7 @@ def test_soft_targets_weigh_codes_by_distance():
 
 def test_batches_depend_on_the_step_alone(tokenizer):
     settings = argparse.Namespace(task="sparse", seed=3, batch_size=6, rectangles=None, points=5, mask="0.2")
-    settings.sampling = "uniform"
+    settings.sampling, settings.fixed_points = "uniform", False
     first, second = (train_rectangles.make_batch(tokenizer, settings) for _ in range(2))
     for step in (4, 0):
         assert all((a == b).all() for a, b in zip(first(step), second(step), strict=True))
@@ -1493,7 +1493,7 @@ def call_rectangles(monkeypatch, *arguments):
         (["--task", "grid"], ["unseen rectangles", "cosine masking", "left half hidden"], "mean error of a cell"),
         (["--task", "sparse"], ["unseen rectangles", "6 points", "12 points", "48 points", "96 points"], "share"),
         (
-            ["--task", "sparse", "--rectangles", "3", "--soft-targets", "0.5", "--sampling", "edges"],
+            ["--task", "sparse", "--rectangles", "3", "--fixed-points", "--soft-targets", "0.5", "--sampling", "edges"],
             ["unseen rectangles", "training rectangles", "6 points", "12 points", "48 points", "96 points"],
             "training rectangles",
         ),
@@ -1542,6 +1542,7 @@ def test_remedies_on_a_small_scale(tmp_path, monkeypatch, capsys):
         ["--mask", "0.2+1.5"],
         ["--soft-targets", "-1"],
         ["--rectangles", "0"],
+        ["--fixed-points"],
         ["--points", "1"],
         ["--dim", "18"],
         ["--device", "abacus"],

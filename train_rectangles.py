@@ -2,7 +2,7 @@
 
     python train_rectangles.py --task grid        all 169 overlapping patches of a 16x16 image, a fifth hidden
     python train_rectangles.py --task sparse      24 patches at continuous coordinates, a fifth hidden
-    python train_rectangles.py --task sparse --rectangles 100 --out runs/rectangles_100      S2's failure
+    python train_rectangles.py --task sparse --rectangles 100 --fixed-points --out runs/rectangles_100    S2's failure
     python train_rectangles.py --remedies         what S2 proposed against it and did not try, three seeds each
 
 Everything is scored on rectangles that training never saw, beside the exact posterior: the chance of each token given
@@ -139,18 +139,24 @@ def unwanted(sampling, rectangles, points):
 
 
 def make_batch(tokenizer, settings):
-    """batch(step) for train(): fresh rectangles at every step, or --rectangles that are always the same; points and
-    masks are fresh in either case."""
-    fixed = settings.rectangles and training_rectangles(settings)
+    """batch(step) for train(): fresh rectangles at every step, or --rectangles that are always the same; fresh points,
+    or with --fixed-points those of each rectangle; fresh masks in any case."""
+    if settings.rectangles:
+        fixed, rng = training_rectangles(settings), np.random.default_rng([settings.seed, 2])
+        fixed_points = draw_points(settings.sampling, fixed, settings.points, rng)
 
     def batch(step):
         rng = np.random.default_rng(step_seed(settings.seed, step))
         if settings.rectangles:
-            rectangles = fixed[rng.integers(len(fixed), size=settings.batch_size)]
+            rows = rng.integers(len(fixed), size=settings.batch_size)
+            rectangles = fixed[rows]
         else:
             rectangles = draw_rectangles(settings.batch_size, rng, PIXELS_OF[settings.task])
-        points = GRID_POINTS
-        if settings.task == "sparse":
+        if settings.task == "grid":
+            points = GRID_POINTS
+        elif settings.fixed_points:
+            points = fixed_points[rows]
+        else:
             points = draw_points(settings.sampling, rectangles, settings.points, rng)
         tokens = torch.from_numpy(encode(rectangles, points, tokenizer))
         mask = training_mask(tokens.shape, settings.mask, torch.Generator().manual_seed(step_seed(settings.seed, step)))
@@ -426,7 +432,7 @@ def run(settings):
         log_y=True,
     ).save(out / "loss.png")
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
-    figures |= {"seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
+    figures |= {"log": history[-1], "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
     write_figures(settings, figures, out / "metrics.json", settings.json)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / f"{name}.png") for name in ("samples", "loss", "rectangles", "centroids")))
@@ -568,6 +574,7 @@ def parse_arguments():
     parser.add_run_options("runs/rectangles_TASK")
     add = parser.add_argument_group("images").add_argument
     add("--rectangles", type=count, help="train on so many rectangles (S2: 100); default: fresh ones at every step")
+    add("--fixed-points", action="store_true", help="each of the --rectangles always with the same points (S2)")
     add("--points", type=at_least(2), default=24, help="patches per training image of the sparse task")
     add(
         "--sampling",
@@ -587,6 +594,8 @@ def parse_arguments():
     settings = parser.parse_args()
     if settings.remedies and settings.task != "sparse":
         parser.error("--remedies are those of the sparse task")
+    if settings.fixed_points and not settings.rectangles:
+        parser.error("--fixed-points needs a number of --rectangles")
     return settings
 
 
