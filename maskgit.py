@@ -1296,12 +1296,14 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     points = [point for line in lines.values() for point in line]
     if not points:
         raise ValueError(f"nothing to plot in {title!r}")
-    left, right, top, bottom = 160, 1300, 120, 960  # drawn at twice the size, for smooth lines
+    font = ImageFont.load_default(26)
+    legend_width = max(font.getlength(label) for label in [*curves, *references])
+    left, right, top, bottom = 160, min(1300, 1680 - legend_width), 120, 960  # drawn at twice the size: smooth lines
     x_axis = Axis([x for x, _ in points], left, right, log_x)
     y_axis = Axis([y for _, y in points] + list(references.values()), bottom - 24, top, log_y)
 
     sheet = Image.new("RGB", (1800, 1100), PAPER)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(26)
+    draw = ImageDraw.Draw(sheet)
     for tick in x_axis.ticks():
         draw.line([(x_axis(tick), bottom), (x_axis(tick), top)], fill=FAINT, width=2)
         draw.text((x_axis(tick), bottom + 14), f"{tick:g}", fill=INK, font=font, anchor="mt")
