@@ -1060,7 +1060,7 @@ def train(
         tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
         inputs = tokens.masked_fill(mask, model.mask_id)
         counted = torch.ones_like(mask) if every_position else mask
-        targets = tokens if soft_targets is None else soft_targets[tokens]
+        targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
         with precision_context(device, precision):
             loss = backward(network, inputs, coords, targets, counted, label_smoothing, accumulate)
         gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)

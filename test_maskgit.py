@@ -1523,6 +1523,12 @@ def test_rectangles_run_leaves_what_it_promises(options, scored, table, tmp_path
         call_rectangles(monkeypatch, *options, *SMALL, "--out", out)
 
 
+def test_rectangles_refuse_to_resume_a_run_of_the_squares(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "model.pt", tiny_model())
+    with pytest.raises(ValueError, match="run of another script"):
+        call_rectangles(monkeypatch, *SMALL, "--resume", "--out", tmp_path)
+
+
 def test_remedies_on_a_small_scale(tmp_path, monkeypatch, capsys):
     call_rectangles(monkeypatch, "--remedies", *SMALL, "--out", tmp_path / "run")
     figures = json.loads((tmp_path / "run" / "remedies.json").read_text())
