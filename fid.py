@@ -226,9 +226,14 @@ def load_inception(dims=2048, weights=None, device="cpu"):
     return network.to(device, memory_format=torch.channels_last)
 
 
+def release_path():
+    """Where torch.hub keeps the release's file."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
+
+
 def released_weights():
-    """The path of the release's file in torch.hub's cache, where it is downloaded to unless it is there undamaged."""
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
+    """The path of the release's file, which is downloaded unless it is there undamaged."""
+    path = release_path()
     try:
         require_hash(path)
     except ValueError:

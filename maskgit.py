@@ -19,6 +19,7 @@ two blog posts on squares and rectangles; R1 and R2 the two course reports on ph
 
 import argparse
 import contextlib
+import copy
 import csv
 import json
 import math
@@ -889,18 +890,24 @@ def step_seed(seed, step, rank=0):
 class TrainingState:
     """All that a resumed run needs to go on to the very same weights."""
 
-    def __init__(self, model, optimizers, ema):
+    def __init__(self, model, optimizers, ema, best_by):
         self.model = model
         self.optimizers = optimizers
+        self.best_by = best_by
+        self.best = None  # the model whose validated figure `best_by` was the lowest
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         self.step = 0
         self.seconds = 0.0
         self.loss_sum = 0.0  # over the steps since the last row of history
         self.history = []  # the rows of log.csv
 
-    def result(self):
-        """The model to use: the moving average of the weights if there is one."""
+    def current(self):
+        """The model as it stands: the moving average of the weights if there is one."""
         return self.average.module if self.average else self.model
+
+    def result(self):
+        """The model to use."""
+        return self.best or self.current()
 
     def update(self, loss, lr):
         """Step with the gradients at hand."""
@@ -923,10 +930,12 @@ class TrainingState:
         row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2))
         row |= dict(lr=self.optimizers[0].param_groups[0]["lr"], gradient_norm=float(gradient_norm))
         if validate:
-            with torch.no_grad(), evaluation_mode(self.result()):
-                row |= validate(self.result())
+            with torch.no_grad(), evaluation_mode(self.current()):
+                row |= validate(self.current())
         self.history.append(row)
         self.loss_sum = 0.0
+        if self.best_by and row[self.best_by] <= min(past[self.best_by] for past in self.history):
+            self.best = copy.deepcopy(self.current())
 
     def require_finite(self, gradient_norm):
         if not math.isfinite(float(self.loss_sum) + float(gradient_norm)):
@@ -940,8 +949,12 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def load_state_dict(self, saved):
+    def load_state_dict(self, saved, result):
+        """Go back to a state_dict(); `result` holds the weights that result() had then."""
         vars(self).update(saved["progress"])
+        if self.best_by and self.history:
+            self.best = copy.deepcopy(self.current())
+            self.best.load_state_dict(result)
         self.model.load_state_dict(saved["model"])
         if self.average:
             self.average.load_state_dict(saved["average"])
@@ -1022,6 +1035,7 @@ def train(
     checkpoint_minutes=5.0,
     log_steps=100,
     validate=None,
+    best_by=None,
     tensorboard=False,
 ):
     """Train `model`, on the device where it is, to predict the hidden tokens of `batch(step)`.
@@ -1035,7 +1049,8 @@ def train(
     norm `clip`; ema > 0 keeps a moving average of the weights, which is what is validated and saved;
     soft_targets (K, K) gives the distribution to be predicted in place of each true code.
     out is a folder for model.pt, written every checkpoint_steps steps or checkpoint_minutes minutes, and for
-    log.csv, with a row every log_steps steps to which validate(model) -> dict of floats may add columns.
+    log.csv, with a row every log_steps steps to which validate(model) -> dict of floats may add columns; with
+    best_by, the name of one of them, the result is the model of the row where it was the lowest.
     resume goes on from out/model.pt; config, plain values that are saved, must not have changed then.
 
     Returns the rows of log.csv; the model then holds the result. Raises ValueError when the loss is no
@@ -1044,7 +1059,7 @@ def train(
     device = next(model.parameters()).device
     rank, world = process_rank()
     path = Path(out) / "model.pt" if out else None
-    state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema)
+    state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema, best_by)
     if resume:
         resume_training(state, path, config, device)
     log = TrainingLog(path and path.parent, state.step, steps, tensorboard) if rank == 0 else None
@@ -1195,7 +1210,7 @@ def resume_training(state, path, config, device):
     if contents["training"] is None:
         raise ValueError(f"{path} holds a model without its training state; it cannot be resumed")
     try:
-        state.load_state_dict(contents["training"])
+        state.load_state_dict(contents["training"], contents["weights"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this run: {first_line(error)}") from None
 

@@ -1,0 +1,802 @@
+"""R1 and R2's experiment: photographs with holes, filled in by MaskGIT on k-means tokens.
+
+    python inpaint.py                                   drawn cartoon cats: train, fill, score; nothing to download
+    python inpaint.py --data FOLDER --out runs/mine     the same on your own pictures
+    python inpaint.py --checkpoint runs/inpaint/model.pt --images DIR --masks DIR --out DIR      fill holes
+
+A mask has its image's size: 255 (white) is visible, 0 is the hole. A token with any hole pixel is hidden, and predicted
+from the others; the pixels that were visible come back as they were. MEASURED
+
+A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
+"""
+
+import argparse
+import hashlib
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+import fid
+from maskgit import (
+    SCHEDULES,
+    CommandLine,
+    PatchTokenizer,
+    at_least,
+    decode,
+    fast_precision,
+    grid_coords,
+    image_grid,
+    line_plot,
+    load_checkpoint,
+    mask_kind,
+    masked_cross_entropy,
+    open_run,
+    pick_device,
+    precision_context,
+    print_table,
+    process_rank,
+    run_as_script,
+    run_record,
+    save_gif,
+    share,
+    step_seed,
+    train_as_set,
+    training_mask,
+    write_figures,
+)
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+# Shares of the images by their content's hash; of the 8,303 photographs these are about 7,000, 500 and 803.
+TRAINING_SHARE, VALIDATION_SHARE = 0.843, 0.060
+CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
+HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
+HOLE_BANK = 2000  # holes that training picks from
+# Holes that no training run draws, unless its seed is as large.
+VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
+GREY = 128  # what R1 and R2 paint the hole with
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures from a folder
+
+
+def picture_files(path):
+    """The picture files of a folder in the order of their names, or the file itself."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"there is no folder or file {path}")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def read_picture(file, mode):
+    """A picture in "RGB" or "L"; ValueError if it cannot be read."""
+    try:
+        image = Image.open(file)
+        if image.mode.startswith("I;16"):  # Pillow would cut 16-bit values off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert(mode)
+    except Exception as error:  # Pillow raises many types
+        raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def load_pictures(folder, size):
+    """The distinct pictures of a folder, centre-cropped and resized: uint8 (N, size, size, 3), hashes (N,) in [0, 1).
+
+    What cannot be read is named and left out; what repeats an earlier picture pixel by pixel is counted and left out.
+    """
+    pictures, duplicates = {}, 0
+    for file in picture_files(folder):
+        try:
+            image = read_picture(file, "RGB")
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        digest = content_hash(np.asarray(image))
+        duplicates += digest in pictures
+        pictures[digest] = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    print(f"{folder}: {len(pictures)} distinct pictures, {duplicates} duplicates left out")
+    return np.stack(list(pictures.values())) if pictures else np.empty((0, size, size, 3)), np.array([*pictures])
+
+
+def content_hash(pixels):
+    """A number in [0, 1) that depends on the pixels (H, W, 3) alone."""
+    digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+class Split(NamedTuple):
+    """Pictures, uint8 (N, size, size, 3)."""
+
+    training: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+
+def split_by_content(images, hashes):
+    """A Split by the hashes alone, so that adding pictures never moves one from test to training."""
+    edges = (0, TRAINING_SHARE, TRAINING_SHARE + VALIDATION_SHARE, 1)
+    parts = [images[(hashes >= low) & (hashes < high)] for low, high in itertools.pairwise(edges)]
+    if min(map(len, parts)) < 2:
+        raise ValueError(f"{len(images)} distinct pictures are too few for training, validation and test")
+    return Split(*parts)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cartoon cats
+
+FUR = [(232, 158, 70), (120, 118, 122), (60, 56, 60), (222, 205, 180), (150, 100, 62), (245, 240, 232), (182, 140, 98)]
+EYES = [(108, 178, 74), (238, 184, 48), (82, 150, 210), (176, 200, 80), (206, 122, 40)]
+WALLS = [(150, 190, 220), (235, 200, 190), (190, 215, 170), (240, 225, 170), (200, 185, 225), (120, 145, 150)]
+DRAWN = 4  # times the size a cat is drawn in, before it is reduced
+
+
+def cartoon_cat(rng, size=64):
+    """A cat's face that is drawn by the numbers of `rng`: uint8 (size, size, 3)."""
+    canvas = Image.new("RGB", (256, 256))
+    draw = ImageDraw.Draw(canvas)
+    draw_wall(draw, rng)
+    x, y = 128 + rng.normal(0, 9, 2) + (0, 8)
+    width, height = rng.uniform(70, 92), rng.uniform(60, 78)
+    fur, second = (np.array(FUR[i]) for i in rng.choice(len(FUR), 2, replace=False))
+    fur = fur + rng.normal(0, 8, 3)
+    dark, light = colour(fur * 0.72), colour(fur * 0.4 + np.array([255, 250, 240]) * 0.6)
+    pattern = rng.choice(["plain", "tabby", "mask", "patch", "siamese"])
+    ellipse(draw, x, y + 130, width * 1.05, 80, colour(fur * 0.9))  # the body
+
+    ear, lean = rng.uniform(46, 66), rng.uniform(0.55, 0.8)
+    for side in (-1, 1):
+        tip = (x + side * width * (lean + 0.22), y - height * 0.55 - ear)
+        base = [(x + side * width * 0.96, y - height * 0.15), (x + side * width * 0.22, y - height * 0.85)]
+        draw.polygon([tip, *base], fill=dark if pattern == "siamese" else colour(fur))
+        inner = [tuple(0.58 * np.array(p) + 0.42 * np.mean([tip, *base], axis=0)) for p in (tip, *base)]
+        draw.polygon(inner, fill=(230, 160, 160))
+    ellipse(draw, x, y, width, height, colour(fur))
+    draw_pattern(draw, pattern, x, y, width, height, dark, colour(second), light)
+    draw_face(draw, rng, x, y, width, height, light if pattern != "siamese" else dark)
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+
+
+def colour(values):
+    return tuple(int(v) for v in np.clip(values, 0, 255))
+
+
+def ellipse(draw, x, y, width, height, fill):
+    draw.ellipse([x - width, y - height, x + width, y + height], fill=fill)
+
+
+def draw_wall(draw, rng):
+    """A background: two shades, perhaps with stripes, perhaps with a floor."""
+    wall = np.array(WALLS[rng.integers(len(WALLS))]) + rng.normal(0, 8, 3)
+    for y in range(256):
+        draw.line([(0, y), (256, y)], fill=colour(wall * (1.08 - 0.2 * y / 256)))
+    if rng.random() < 0.4:
+        step = rng.integers(28, 52)
+        for x in range(-step, 256, step):
+            draw.rectangle([x, 0, x + step // 2, 256], fill=colour(wall * 0.9))
+    if rng.random() < 0.5:
+        draw.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * rng.uniform(0.55, 0.8)))
+
+
+def draw_pattern(draw, pattern, x, y, width, height, dark, second, light):
+    """What is on the fur: stripes, a light mask, a patch of a second colour, or a dark face."""
+    if pattern == "tabby":
+        for shift in (-0.24, 0, 0.24):
+            draw.line([(x + shift * width, y - height * 0.93), (x + shift * width * 0.8, y - height * 0.5)], dark, 9)
+        for side, row in itertools.product((-1, 1), (0.1, 0.35)):
+            start, end = (
+                (x + side * width * 0.97, y + height * row),
+                (x + side * width * 0.62, y + height * (row + 0.06)),
+            )
+            draw.line([start, end], dark, 8)
+    elif pattern == "mask":
+        draw.polygon(
+            [(x, y - height * 0.7), (x - width * 0.5, y + height * 0.75), (x + width * 0.5, y + height * 0.75)], light
+        )
+    elif pattern == "patch":
+        draw.pieslice([x - width, y - height, x + width, y + height], 265, 20, fill=second)
+    elif pattern == "siamese":
+        ellipse(draw, x, y + height * 0.2, width * 0.62, height * 0.68, dark)
+
+
+def draw_face(draw, rng, x, y, width, height, muzzle):
+    apart, level, radius = width * rng.uniform(0.4, 0.5), y - height * rng.uniform(0.02, 0.15), rng.uniform(17, 24)
+    iris, slit = EYES[rng.integers(len(EYES))], rng.uniform(0.25, 0.8)
+    closed = rng.random() < 0.1
+    for side in (-1, 1):
+        centre = x + side * apart
+        if closed:
+            draw.arc([centre - radius, level - radius, centre + radius, level + radius], 20, 160, (30, 25, 25), 6)
+            continue
+        ellipse(draw, centre, level, radius + 3, radius + 1, (30, 25, 25))
+        ellipse(draw, centre, level, radius, radius - 2, iris)
+        ellipse(draw, centre, level, radius * slit * 0.7, radius * 0.85, (15, 12, 12))
+        ellipse(draw, centre - radius * 0.3, level - radius * 0.35, 5, 5, (255, 255, 255))
+    nose = y + height * rng.uniform(0.28, 0.36)
+    for side in (-1, 1):
+        ellipse(draw, x + side * width * 0.2, nose + 18, width * 0.26, height * 0.22, muzzle)
+    pink = (225, 130, 140) if rng.random() < 0.7 else (70, 50, 50)
+    draw.polygon([(x - 12, nose - 7), (x + 12, nose - 7), (x, nose + 8)], fill=pink)
+    for side in (-1, 1):
+        left = x - 20 if side < 0 else x
+        draw.arc([left, nose + 2, left + 20, nose + 22], 10, 170, (50, 35, 35), 4)
+        for tilt in rng.normal((-10, 0, 10), 3):
+            start = (x + side * width * 0.38, nose + 14 + tilt / 2)
+            draw.line([start, (x + side * width * 1.15, nose + 10 + tilt * 1.8)], (250, 250, 250), 3)
+
+
+def cartoon_cats(count, size, seed=0):
+    """The first `count` cats of an endless series: uint8 (count, size, size, 3)."""
+    return np.stack([cartoon_cat(np.random.default_rng([seed, i]), size) for i in range(count)])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Holes
+
+
+def make_holes(kind, count, size, seed):
+    """Random holes: bool (count, size, size), True = to be filled."""
+    return np.stack([HOLES[kind](np.random.default_rng([seed, i]), size) for i in range(count)])
+
+
+def brush_hole(rng, size):
+    """Strokes of a brush 3 pixels wide that wanders until HOLE_SHARE of the pixels is gone, like the reports' masks."""
+    canvas = Image.new("1", (size, size))
+    draw = ImageDraw.Draw(canvas)
+    while np.asarray(canvas).mean() < HOLE_SHARE:
+        x, y = rng.uniform(0, size, 2)
+        for dx, dy in rng.normal(0, size / 32, (size, 2)):
+            draw.line([(x, y), (x + dx, y + dy)], fill=1, width=max(1, round(3 * size / 64)))
+            x, y = min(max(x + dx, 0), size), min(max(y + dy, 0), size)
+    return np.asarray(canvas)
+
+
+def box_hole(rng, size):
+    hole, side = np.zeros((size, size), bool), round(size * HOLE_SHARE**0.5)
+    y, x = rng.integers(size - side + 1, size=2)
+    hole[y : y + side, x : x + side] = True
+    return hole
+
+
+def half_hole(rng, size):
+    """One of the four halves."""
+    hole = np.zeros((size, size), bool)
+    hole[:, : size // 2] = True
+    return np.rot90(hole, rng.integers(4))
+
+
+HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
+
+
+def hidden_tokens(holes, patch):
+    """Holes (B, H, W) -> bool (B, h, w): a token with any hole pixel is hidden."""
+    b, height, width = holes.shape
+    return holes.reshape(b, height // patch, patch, width // patch, patch).any(axis=(2, 4))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Filling
+
+
+def fill(checkpoint, images, holes, options, seed=0, trace=None):
+    """Codes (B, h, w) of images (B, S, S, 3) uint8, whose tokens under the holes (B, S, S) are predicted.
+
+    checkpoint is that of load_checkpoint; options go to decode; a trace is that of decode.
+    """
+    model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
+    device = next(model.parameters()).device
+    codes = torch.from_numpy(tokenizer.encode(images / np.float32(255))).to(device)  # (B, h, w)
+    mask = torch.from_numpy(hidden_tokens(holes, tokenizer.patch)).to(device).flatten(1)
+    with precision_context(device, fast_precision(device)):
+        filled = decode(
+            model,
+            codes.flatten(1),
+            mask,
+            grid_coords(*codes.shape[1:]).to(device),
+            generator=torch.Generator(device).manual_seed(seed),
+            trace=trace,
+            **options,
+        )
+    return filled.view_as(codes).cpu().numpy()
+
+
+def to_pixels(tokenizer, codes):
+    """Codes (B, h, w) -> uint8 (B, S, S, 3)."""
+    return (tokenizer.decode(codes) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def paste(images, holes, filled):
+    """The images, with the pixels of their holes from others."""
+    return np.where(holes[..., None], filled, images)
+
+
+def fill_in_batches(checkpoint, images, holes, options, seed=0, at_once=64):
+    """Images (B, S, S, 3) with their holes filled, uint8."""
+    parts = []
+    for start in range(0, len(images), at_once):
+        rows = slice(start, start + at_once)
+        codes = fill(checkpoint, images[rows], holes[rows], options, step_seed(seed, start))
+        parts.append(paste(images[rows], holes[rows], to_pixels(checkpoint["tokenizer"], codes)))
+    return np.concatenate(parts)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+def fit_tokenizer(images, settings):
+    """Codebook of the patches of the first CODEBOOK_IMAGES pictures."""
+    return PatchTokenizer.fit(
+        images[:CODEBOOK_IMAGES] / np.float32(255), settings.codes, settings.patch, seed=settings.seed
+    )
+
+
+def encode(tokenizer, images):
+    """Images (N, S, S, 3) uint8 -> codes (N, h, w)."""
+    parts = [tokenizer.encode(images[i : i + 256] / np.float32(255)) for i in range(0, len(images), 256)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def train_model(settings, tokenizer, split, device, **options):
+    """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
+    training = split.training
+    if settings.mirror:
+        training = np.concatenate([training, training[:, :, ::-1]])
+    codes = encode(tokenizer, training)
+    coords, codes = grid_coords(*codes.shape[1:]).to(device), codes.flatten(1).to(device)
+    bank = torch.from_numpy(
+        hidden_tokens(make_holes(settings.hole, HOLE_BANK, settings.size, settings.seed), settings.patch)
+    )
+    bank = bank.flatten(1)
+    in_holes = round(settings.batch_size * settings.holes)
+
+    def batch(step):
+        generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
+        rows = torch.randint(len(codes), (settings.batch_size,), generator=generator)
+        mask = training_mask((settings.batch_size, codes.shape[1]), settings.mask, generator)
+        mask = mask[torch.randperm(len(mask), generator=generator)]
+        # What decoding will see: a hole of which some tokens have been committed.
+        holes = bank[torch.randint(len(bank), (in_holes,), generator=generator)]
+        kept = mask[:in_holes] & holes
+        mask[:in_holes] = torch.where(kept.any(dim=1, keepdim=True), kept, holes)
+        return codes[rows.to(device)], mask.to(device), coords
+
+    validation = make_test(split.validation[: settings.validation_images], tokenizer, settings, VALIDATION_SEED)
+
+    def validate(model):
+        return {"validation": validation.cross_entropy(model)}
+
+    return train_as_set(
+        settings,
+        settings.codes,
+        batch,
+        device,
+        betas=tuple(settings.betas),
+        every_position=settings.loss == "all",
+        tokenizer=tokenizer,
+        validate=validate,
+        best_by="validation",
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scores
+
+
+class Test(NamedTuple):
+    """Pictures with holes and their true codes."""
+
+    images: np.ndarray  # uint8 (B, S, S, 3)
+    holes: np.ndarray  # bool (B, S, S)
+    codes: torch.Tensor  # (B, h, w)
+    mask: torch.Tensor  # bool (B, h * w)
+
+    @torch.no_grad()
+    def cross_entropy(self, model):
+        """Nats per hidden token, all of them hidden at once."""
+        device, total = next(model.parameters()).device, 0.0
+        coords = grid_coords(*self.codes.shape[1:]).to(device)
+        parts = zip(self.codes.flatten(1).split(64), self.mask.split(64), strict=True)
+        for codes, mask in parts:
+            codes, mask = codes.to(device), mask.to(device)
+            with precision_context(device, fast_precision(device)):
+                logits = model(codes.masked_fill(mask, model.mask_id), coords)
+            total += float(masked_cross_entropy(logits.float(), codes, mask)) * int(mask.sum())
+        return total / int(self.mask.sum())
+
+
+def make_test(images, tokenizer, settings, seed):
+    holes = make_holes(settings.hole, len(images), settings.size, seed)
+    mask = torch.from_numpy(hidden_tokens(holes, tokenizer.patch)).flatten(1)
+    return Test(images, holes, encode(tokenizer, images), mask)
+
+
+def picture_scores(images, holes, filled):
+    """PSNR (dB) and mean absolute error (of 255) inside the holes, SSIM of the whole, means over the pictures."""
+    errors = filled.astype(np.float64) - images
+    inside = [error[hole] for error, hole in zip(errors, holes, strict=True)]
+    psnr = np.mean([10 * math.log10(255**2 / max(np.square(error).mean(), 1e-9)) for error in inside])
+    l1 = np.mean([np.abs(error).mean() for error in inside])
+    return {"psnr": float(psnr), "l1": float(l1), "ssim": structural_similarity(images, filled)}
+
+
+def structural_similarity(x, y):
+    """SSIM (Wang et al. 2004): Gaussian windows of 11x11 with sigma 1.5 that fit inside, mean over all channels."""
+    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    window = (window[:, None] * window / window.sum() ** 2)[None, None]
+    x, y = (torch.from_numpy(images).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] / 255 for images in (x, y))
+
+    def mean(values):  # (B * C, 1, H, W) -> (B * C, 1, H - 10, W - 10)
+        return F.conv2d(values, window)
+
+    mean_x, mean_y = mean(x), mean(y)
+    variances = mean(x * x) - mean_x**2 + mean(y * y) - mean_y**2
+    covariance = mean(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
+
+
+def mean_colour(images, holes):
+    """The holes in the mean of what is visible."""
+    filled = [
+        np.broadcast_to(image[~hole].mean(axis=0) if not hole.all() else GREY, image.shape)
+        for image, hole in zip(images, holes, strict=True)
+    ]
+    return paste(images, holes, np.stack(filled).round().astype(np.uint8))
+
+
+class Inception:
+    """FID and KID of pictures against those of a test, where the Inception weights are at hand."""
+
+    def __init__(self, weights, device):
+        weights = weights or fid.release_path()
+        self.network = fid.load_inception(weights=weights, device=device) if weights.exists() else None
+        self.device = device
+        if self.network is None:
+            print(f"no FID and KID: the Inception weights are not at {weights}; python fid.py fetches them, see --help")
+
+    @torch.inference_mode()
+    def features(self, images):
+        parts = (fid.network_input(images[i : i + 8], self.device) for i in range(0, len(images), 8))
+        return np.concatenate([self.network(part).cpu().numpy() for part in parts])
+
+    def scores(self, images, filled):
+        if self.network is None:
+            return {}
+        x, y = self.features(images), self.features(filled)
+        return {"fid": fid.frechet_distance_from_features(x, y), "kid": fid.kernel_distance(x, y)[0]}
+
+
+def score(checkpoint, split, settings):
+    """All scores of a run: on test pictures, and for comparison on as many that were trained on."""
+    count = settings.test_images
+    test = make_test(split.test[:count], checkpoint["tokenizer"], settings, TEST_SEED)
+    seen = make_test(split.training[:count], checkpoint["tokenizer"], settings, TEST_SEED)
+    inception = Inception(settings.weights, next(checkpoint["model"].parameters()).device)
+
+    def scored(name, filled, **more):
+        return (
+            {"name": name}
+            | more
+            | picture_scores(test.images, test.holes, filled)
+            | inception.scores(test.images, filled)
+        )
+
+    truth = to_pixels(checkpoint["tokenizer"], test.codes.numpy())
+    rows = [scored("mean colour", mean_colour(test.images, test.holes))]
+    rows.append(scored("true tokens", paste(test.images, test.holes, truth)))
+    for name, options in ways_to_fill(settings):
+        for seed in range(settings.score_seeds if options["sample"] == "categorical" else 1):
+            start = time.perf_counter()
+            filled = fill_in_batches(checkpoint, test.images, test.holes, options, seed)
+            seconds = (time.perf_counter() - start) / len(filled)
+            rows.append(scored(name, filled, seed=seed, seconds=seconds, **options))
+        print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
+    entropies = {name: t.cross_entropy(checkpoint["model"]) for name, t in (("test", test), ("seen", seen))}
+    filled = fill_in_batches(checkpoint, seen.images, seen.holes, options_of(settings))
+    return {
+        "pictures": {"training": len(split.training), "validation": len(split.validation), "test": len(split.test)},
+        "scored": len(test.images),
+        "cross_entropy": entropies,
+        "seen": picture_scores(seen.images, seen.holes, filled),
+        "rows": rows,
+    }
+
+
+def options_of(settings):
+    """decode's arguments as set on the command line."""
+    names = ("schedule", "order", "sample", "temperature", "choice_temperature", "stop_after")
+    return {name: getattr(settings, name) for name in names} | {"steps": settings.decode_steps}
+
+
+def ways_to_fill(settings):
+    """[(name, decode's arguments)]: as set, and the reports' schedules by numbers of steps."""
+    chosen = options_of(settings)
+    ways = [("as set", chosen), ("likeliest, 1 step", chosen | {"sample": "argmax", "steps": 1, "order": "random"})]
+    reports = chosen | {"order": "confidence", "sample": "categorical", "choice_temperature": 4.5, "stop_after": None}
+    for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
+        ways.append((f"{schedule}, {steps} steps", reports | {"schedule": schedule, "steps": steps}))
+    for order in ("entropy", "random", "halton"):
+        ways.append((f"{order}, 20 steps", reports | {"order": order, "schedule": "cosine", "steps": 20}))
+    return ways
+
+
+def print_scores(figures):
+    names = [
+        name for name in ("psnr", "l1", "ssim", "fid", "kid", "seconds") if any(name in r for r in figures["rows"])
+    ]
+    table = []
+    for name in dict.fromkeys(row["name"] for row in figures["rows"]):
+        rows = [row for row in figures["rows"] if row["name"] == name]
+        table.append([name, *(spread([row[n] for row in rows if n in row]) for n in names)])
+    print_table(["filled by", *names], table)
+    test, seen = figures["cross_entropy"]["test"], figures["cross_entropy"]["seen"]
+    print(f"cross-entropy per hidden token: {test:.3f} nats, on pictures seen in training {seen:.3f}")
+
+
+def spread(values):
+    """The mean of some figures, and the lowest and highest where there are several."""
+    if not values:
+        return ""
+    text = f"{np.mean(values):.4g}"
+    return text if len(values) == 1 else f"{text} ({min(values):.4g} to {max(values):.4g})"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures of a run
+
+
+def draw_pictures(checkpoint, split, history, settings):
+    """samples.png, steps.png, reconstruction.png, loss.png and decode.gif."""
+    out, tokenizer = settings.out, checkpoint["tokenizer"]
+    test = make_test(split.test[:8], tokenizer, settings, TEST_SEED)
+    images, holes = test.images, test.holes
+    grey = paste(images, holes, np.uint8(GREY))
+    filled = [fill_in_batches(checkpoint, images, holes, options_of(settings), seed) for seed in range(3)]
+    columns = np.stack([grey, *filled, images], axis=1)  # (8, 5, S, S, 3)
+    titles = ["hole", "filled", "another", "another", "truth"]
+    sheet(columns, settings, titles).save(out / "samples.png")
+    pixels = to_pixels(tokenizer, test.codes.numpy())
+    columns = np.stack([images, pixels, paste(images, holes, pixels)], axis=1)
+    sheet(columns, settings, ["truth", "tokens", "in the hole"]).save(out / "reconstruction.png")
+
+    rows, frames = [], []
+    for schedule in ("linear", "cosine", "square"):
+        trace, options = [], options_of(settings) | {"schedule": schedule, "steps": 8, "order": "confidence"}
+        fill(checkpoint, images[:1], holes[:1], options, trace=trace)
+        shown = [trace_pictures(tokenizer, images[:1], holes[:1], *step) for step in trace]
+        rows += [[step[0][0] for step in shown], [step[1][0] for step in shown]]
+    sheet(np.array(rows), settings, [f"step {t}" for t in range(1, len(rows[0]) + 1)]).save(out / "steps.png")
+    trace = []
+    fill(checkpoint, images, holes, options_of(settings), trace=trace)
+    for step in [None, *trace]:
+        shown = grey if step is None else trace_pictures(tokenizer, images, holes, *step)[1]
+        frames.append(image_grid(shown / 255, 4, scale=scale_of(settings)))
+    save_gif(out / "decode.gif", frames)
+    steps = [row["step"] for row in history]
+    curves = {
+        name: (steps, [row[key] for row in history])
+        for name, key in (("training", "loss"), ("validation", "validation"))
+    }
+    line_plot(
+        curves,
+        title="Inpainting: loss in training, and on the holes of validation pictures",
+        x_label="step",
+        y_label="cross-entropy, nats per hidden token",
+    ).save(out / "loss.png")
+
+
+def sheet(pictures, settings, titles):
+    """Rows of pictures (R, C, S, S, 3) uint8 as one."""
+    return image_grid(
+        pictures.reshape(-1, *pictures.shape[2:]) / 255, len(titles), scale=scale_of(settings), titles=titles
+    )
+
+
+def scale_of(settings):
+    return max(1, 128 // settings.size)
+
+
+def trace_pictures(tokenizer, images, holes, codes, hidden):
+    """After one step of decode: the hidden tokens in white, and the picture with what is still hidden in grey."""
+    b, size, patch = len(images), images.shape[1], tokenizer.patch
+    grid = (b, size // patch, size // patch)
+    masks = hidden.cpu().numpy().reshape(grid).repeat(patch, axis=1).repeat(patch, axis=2)
+    codes = codes.masked_fill(hidden, 0).cpu().numpy().reshape(grid)
+    pictures = paste(images, holes, to_pixels(tokenizer, codes))
+    pictures = paste(pictures, holes & masks, np.uint8(GREY))
+    return (masks[..., None] * np.uint8(255)).repeat(3, axis=-1), pictures
+
+
+# ---------------------------------------------------------------------------------------------------
+# The experiment
+
+
+def run_experiment(settings):
+    """Codebook, training, scores and pictures."""
+    device = open_run(settings)
+    settings.record, started = run_record(), time.monotonic()
+    if settings.data:
+        images, hashes = load_pictures(settings.data, settings.size)
+    else:
+        images = cartoon_cats(settings.cartoons, settings.size, settings.seed)
+        hashes = np.array([content_hash(image) for image in images])
+    split = split_by_content(images, hashes)
+    print(
+        f"{len(split.training)} pictures for training, {len(split.validation)} for validation, {len(split.test)} for test"
+    )
+    resumed = settings.resume and load_checkpoint(settings.out / "model.pt")
+    tokenizer = resumed["tokenizer"] if resumed else fit_tokenizer(split.training, settings)
+    prepared = time.monotonic()
+    model, history = train_model(settings, tokenizer, split, device, out=settings.out)
+    if process_rank()[0] > 0:
+        return
+    trained = time.monotonic()
+    checkpoint = {"model": model, "tokenizer": tokenizer}
+    figures = score(checkpoint, split, settings)
+    figures["parameters"] = sum(p.numel() for p in model.parameters())
+    figures["validation"] = min(row["validation"] for row in history)
+    figures["seconds"] = {"prepared": round(prepared - started), "trained": round(trained - prepared)}
+    figures["seconds"]["scored"] = round(time.monotonic() - trained)
+    write_figures(settings, figures, settings.out / "metrics.json", settings.json)
+    print_scores(figures)
+    draw_pictures(checkpoint, split, history, settings)
+    print("seconds: " + ", ".join(f"{name} {value}" for name, value in figures["seconds"].items()))
+    names = ("samples.png", "steps.png", "reconstruction.png", "loss.png", "decode.gif")
+    print("pictures:", *(settings.out / name for name in names))
+    print(
+        f"fill your own: python inpaint.py --checkpoint {settings.out / 'model.pt'} --images DIR --masks DIR --out DIR"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Filling files
+
+
+def pair_files(images, masks):
+    """[(picture, mask)] by the order of their names; one mask file serves all pictures."""
+    pictures, holes = picture_files(images), picture_files(masks)
+    holes = holes * len(pictures) if masks.is_file() else holes
+    if len(pictures) != len(holes):
+        raise ValueError(f"{images} holds {len(pictures)} pictures, {masks} {len(holes)} masks; each picture needs one")
+    return list(zip(pictures, holes, strict=True))
+
+
+def read_pair(picture, mask):
+    """A picture (H, W, 3) uint8 and its hole (H, W)."""
+    image, visible = np.asarray(read_picture(picture, "RGB")), np.asarray(read_picture(mask, "L"))
+    if image.shape[:2] != visible.shape:
+        sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, visible), (picture, image))]
+        raise ValueError(f"{', '.join(sizes)}; a mask has its image's size")
+    return image, visible < 128
+
+
+def to_model_size(image, hole, size):
+    """Both in size x size; a pixel that holds any part of the hole belongs to it."""
+    if hole.shape == (size, size):
+        return image, hole
+    shrunk = Image.fromarray(image).resize((size, size), Image.Resampling.BOX)
+    part = Image.fromarray(hole.astype(np.float32)).resize((size, size), Image.Resampling.BOX)
+    return np.asarray(shrunk), np.asarray(part) > 0
+
+
+def fill_files(settings):
+    """Fill the holes of files and write one PNG for each, or for each of the --samples."""
+    pairs = pair_files(settings.images, settings.masks)
+    suffixes = [""] if settings.samples == 1 else [f"_{i + 1}" for i in range(settings.samples)]
+    targets = [[settings.out / f"{picture.stem}{suffix}.png" for suffix in suffixes] for picture, _ in pairs]
+    flat = list(itertools.chain(*targets))
+    if len(set(flat)) < len(flat):
+        raise ValueError("two pictures have the same name; fill their folders one at a time")
+    taken = [target for target in flat if target.exists()]
+    if taken and not settings.force:
+        raise ValueError(f"{taken[0]} exists; --force overwrites, --out renames")
+    device = pick_device(settings.device)
+    checkpoint = load_checkpoint(settings.checkpoint, device)
+    if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
+        raise ValueError(f"{settings.checkpoint} is no checkpoint of inpaint.py")
+    size, options = checkpoint["config"]["size"], options_of(settings)
+    for picture, mask in pairs:  # all of them are read once before anything is written
+        read_pair(picture, mask)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    resized = 0
+    for start in range(0, len(pairs), 64):
+        originals = [read_pair(*pair) for pair in pairs[start : start + 64]]
+        small = [to_model_size(*pair, size) for pair in originals]
+        images, holes = (np.stack(part) for part in zip(*small, strict=True))
+        resized += sum(hole.shape != (size, size) for _, hole in originals)
+        for i in range(settings.samples):
+            codes = fill(checkpoint, images, holes, options, step_seed(settings.seed, start, i))
+            pixels = to_pixels(checkpoint["tokenizer"], codes)
+            for (image, hole), filled, names in zip(originals, pixels, targets[start : start + 64], strict=True):
+                filled = np.asarray(Image.fromarray(filled).resize(image.shape[1::-1], Image.Resampling.BICUBIC))
+                result = filled if settings.whole else paste(image[None], hole[None], filled[None])[0]
+                Image.fromarray(result).save(names[i])
+    if resized:
+        print(f"{resized} pictures were filled at the model's {size}x{size}; only their holes were pasted back")
+    print(f"{len(flat)} pictures written to {settings.out}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings
+
+DEFAULTS = {"dim": 192, "heads": 6, "layers": 6, "rotary": True, "batch_size": 32, "lr": 4e-3, "steps": 1500}
+# R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
+REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
+REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
+REPORT |= {"loss": "all", "holes": 0.0, "mirror": False, "dropout": 0.1}
+
+
+def parse_arguments():
+    parser, count = CommandLine(__doc__), at_least(1)
+    add = parser.add_argument_group("what to do").add_argument
+    add("--checkpoint", type=Path, help="fill files by this model instead of training one")
+    add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
+    parser.add_run_options("runs/inpaint")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data", type=Path, help="folder of pictures; default: drawn cartoon cats")
+    add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
+    add("--size", type=count, default=64, help="pixels per side, default %(default)s")
+    add("--patch", type=count, default=4, help="pixels per side of a token, default %(default)s")
+    add("--codes", type=at_least(2), default=1024, help="of the codebook, default %(default)s")
+    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help="train on mirrored pictures as well")
+    add = parser.add_argument_group("holes").add_argument
+    add("--hole", choices=HOLES, default="brush", help="of training and scores, default %(default)s")
+    add("--mask", type=mask_kind, default="cosine", help="hidden tokens in training, default %(default)s")
+    add("--holes", type=share, default=0.5, help="share of the training pictures that hide only tokens of a hole")
+    add = parser.add_argument_group("filling").add_argument
+    add("--images", type=Path, help="folder of pictures to fill, or one file")
+    add("--masks", type=Path, help="their masks, in the same order: 255 = visible, 0 = hole; or one for all")
+    add("--whole", action="store_true", help="decode the visible pixels, too, as the reports do")
+    add("--samples", type=count, default=1, help="different results for each picture")
+    add("--decode-steps", type=count, default=10)
+    add("--schedule", choices=SCHEDULES, default="cosine")
+    add("--order", choices=("confidence", "random", "halton", "entropy"), default="confidence")
+    add("--sample", choices=("categorical", "argmax"), default="categorical")
+    add("--temperature", type=at_least(1e-6, float), default=1.0)
+    add("--choice-temperature", type=at_least(0.0, float), default=4.5)
+    add("--stop-after", type=count, help="commit all that is left after this many steps")
+    add = parser.add_argument_group("scores").add_argument
+    add("--test-images", type=at_least(8), default=100, help="default %(default)s")
+    add("--validation-images", type=count, default=200, help="default %(default)s")
+    add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
+    add("--schedules", default="linear,cosine,square", help="of the table, default %(default)s")
+    add("--weights", type=Path, help="Inception weights for FID and KID; default: those that fid.py has fetched")
+    parser.add_model_options()
+    parser.add_training_options()
+    parser.add_argument("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
+    parser.add_argument("--betas", type=share, nargs=2, default=(0.9, 0.95), help="of AdamW")
+    parser.set_defaults(**DEFAULTS | (REPORT if parser.parse_known_args()[0].preset else {}))
+    settings = parser.parse_args()
+    if settings.checkpoint and not (settings.images and settings.masks):
+        parser.error("--checkpoint fills --images by their --masks: name both")
+    if settings.size % settings.patch:
+        parser.error(f"--size {settings.size} is not divisible by --patch {settings.patch}")
+    unknown = set(settings.schedules.split(",")) - set(SCHEDULES)
+    if unknown:
+        parser.error(f"unknown schedules {', '.join(unknown)}; choose from {', '.join(SCHEDULES)}")
+    return settings
+
+
+def main():
+    settings = parse_arguments()
+    if settings.checkpoint:
+        fill_files(settings)
+    else:
+        run_experiment(settings)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
