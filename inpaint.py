@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import itertools
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -524,12 +525,12 @@ def options_of(settings):
 def ways_to_fill(settings):
     """[(name, decode's arguments)]: as set, and the reports' schedules by numbers of steps."""
     chosen = options_of(settings)
-    ways = [("as set", chosen), ("likeliest, 1 step", chosen | {"sample": "argmax", "steps": 1, "order": "random"})]
+    ways = [("as set", chosen), ("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1, "order": "random"})]
     reports = chosen | {"order": "confidence", "sample": "categorical", "choice_temperature": 4.5, "stop_after": None}
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
-        ways.append((f"{schedule}, {steps} steps", reports | {"schedule": schedule, "steps": steps}))
+        ways.append((f"{schedule}, T={steps}", reports | {"schedule": schedule, "steps": steps}))
     for order in ("entropy", "random", "halton"):
-        ways.append((f"{order}, 20 steps", reports | {"order": order, "schedule": "cosine", "steps": 20}))
+        ways.append((f"{order}, T=20", reports | {"order": order, "schedule": "cosine", "steps": 20}))
     return ways
 
 
@@ -634,9 +635,7 @@ def run_experiment(settings):
         images = cartoon_cats(settings.cartoons, settings.size, settings.seed)
         hashes = np.array([content_hash(image) for image in images])
     split = split_by_content(images, hashes)
-    print(
-        f"{len(split.training)} pictures for training, {len(split.validation)} for validation, {len(split.test)} for test"
-    )
+    print("pictures:", ", ".join(f"{len(part)} {name}" for name, part in split._asdict().items()))
     resumed = settings.resume and load_checkpoint(settings.out / "model.pt")
     tokenizer = resumed["tokenizer"] if resumed else fit_tokenizer(split.training, settings)
     prepared = time.monotonic()
@@ -671,6 +670,10 @@ def pair_files(images, masks):
     holes = holes * len(pictures) if masks.is_file() else holes
     if len(pictures) != len(holes):
         raise ValueError(f"{images} holds {len(pictures)} pictures, {masks} {len(holes)} masks; each picture needs one")
+    for picture, hole in zip(pictures, holes, strict=True):
+        numbers = [re.findall(r"\d+", file.stem)[-1:] for file in (picture, hole)]
+        if numbers[0] != numbers[1] and all(numbers) and masks.is_dir():
+            raise ValueError(f"{picture.name} and {hole.name} come together, but their numbers differ")
     return list(zip(pictures, holes, strict=True))
 
 
@@ -693,40 +696,44 @@ def to_model_size(image, hole, size):
 
 
 def fill_files(settings):
-    """Fill the holes of files and write one PNG for each, or for each of the --samples."""
+    """Fill the holes of files: a PNG for each; with --samples a PNG for each of those, and all in a row."""
     pairs = pair_files(settings.images, settings.masks)
-    suffixes = [""] if settings.samples == 1 else [f"_{i + 1}" for i in range(settings.samples)]
-    targets = [[settings.out / f"{picture.stem}{suffix}.png" for suffix in suffixes] for picture, _ in pairs]
-    flat = list(itertools.chain(*targets))
-    if len(set(flat)) < len(flat):
+    targets = [settings.out / f"{picture.stem}.png" for picture, _ in pairs]
+    if len(set(targets)) < len(targets):
         raise ValueError("two pictures have the same name; fill their folders one at a time")
-    taken = [target for target in flat if target.exists()]
-    if taken and not settings.force:
-        raise ValueError(f"{taken[0]} exists; --force overwrites, --out renames")
-    device = pick_device(settings.device)
-    checkpoint = load_checkpoint(settings.checkpoint, device)
+    for target in targets:
+        if target.exists() and not settings.force:
+            raise ValueError(f"{target} exists; --force overwrites, --out renames")
+    checkpoint = load_checkpoint(settings.checkpoint, pick_device(settings.device))
     if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
         raise ValueError(f"{settings.checkpoint} is no checkpoint of inpaint.py")
-    size, options = checkpoint["config"]["size"], options_of(settings)
-    for picture, mask in pairs:  # all of them are read once before anything is written
-        read_pair(picture, mask)
+    size = checkpoint["config"]["size"]
+    resized = sum(read_pair(*pair)[1].shape != (size, size) for pair in pairs)  # all are read before one is written
     settings.out.mkdir(parents=True, exist_ok=True)
-    resized = 0
     for start in range(0, len(pairs), 64):
         originals = [read_pair(*pair) for pair in pairs[start : start + 64]]
-        small = [to_model_size(*pair, size) for pair in originals]
-        images, holes = (np.stack(part) for part in zip(*small, strict=True))
-        resized += sum(hole.shape != (size, size) for _, hole in originals)
-        for i in range(settings.samples):
-            codes = fill(checkpoint, images, holes, options, step_seed(settings.seed, start, i))
-            pixels = to_pixels(checkpoint["tokenizer"], codes)
-            for (image, hole), filled, names in zip(originals, pixels, targets[start : start + 64], strict=True):
-                filled = np.asarray(Image.fromarray(filled).resize(image.shape[1::-1], Image.Resampling.BICUBIC))
-                result = filled if settings.whole else paste(image[None], hole[None], filled[None])[0]
-                Image.fromarray(result).save(names[i])
+        results = [fill_originals(checkpoint, originals, settings, (start, i)) for i in range(settings.samples)]
+        for target, (image, _), *samples in zip(targets[start : start + 64], originals, *results, strict=True):
+            if settings.samples > 1:
+                for i, sample in enumerate(samples, start=1):
+                    Image.fromarray(sample).save(target.with_name(f"{target.stem}_{i}.png"))
+                samples = [np.concatenate([image, *samples], axis=1)]
+            Image.fromarray(samples[0]).save(target)
     if resized:
         print(f"{resized} pictures were filled at the model's {size}x{size}; only their holes were pasted back")
-    print(f"{len(flat)} pictures written to {settings.out}")
+    print(f"{len(pairs)} pictures filled: {settings.out}")
+
+
+def fill_originals(checkpoint, originals, settings, draw):
+    """Pictures (H, W, 3) of any sizes and their holes, filled; `draw` numbers the draw."""
+    size = checkpoint["config"]["size"]
+    images, holes = (np.stack(part) for part in zip(*(to_model_size(*pair, size) for pair in originals), strict=True))
+    codes = fill(checkpoint, images, holes, options_of(settings), step_seed(settings.seed, *draw))
+    results = []
+    for (image, hole), pixels in zip(originals, to_pixels(checkpoint["tokenizer"], codes), strict=True):
+        pixels = np.asarray(Image.fromarray(pixels).resize(image.shape[1::-1], Image.Resampling.BICUBIC))
+        results.append(pixels if settings.whole else paste(image, hole, pixels))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fid
+import inpaint
 import maskgit
 import train_rectangles
 import train_squares
@@ -1571,6 +1572,345 @@ def test_rectangles_bad_input_gets_one_line_and_code_2(arguments, tmp_path, monk
 
 
 # ---------------------------------------------------------------------------------------------------
+# inpaint.py: pictures, cats and holes
+
+
+def noise_picture(seed, width=20, height=16):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_duplicates_are_dropped_and_the_unreadable_named(tmp_path, capsys):
+    """The same pixels in another name, folder or format are a duplicate."""
+    (tmp_path / "deep").mkdir()
+    for i in range(5):
+        Image.fromarray(noise_picture(i)).save(tmp_path / f"{i}.png")
+    for i, name in enumerate(["a.bmp", "deep/b.PNG"]):
+        Image.fromarray(noise_picture(i)).save(tmp_path / name)
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "readme.txt").write_text("no picture")
+    images, hashes = inpaint.load_pictures(tmp_path, 8)
+    shown = capsys.readouterr()
+    assert images.shape == (5, 8, 8, 3) and len(set(hashes)) == 5
+    assert "5 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+
+
+def test_pictures_of_any_mode_and_shape_are_cropped_at_the_centre(tmp_path):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = (200, 100, 50)
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    grey = Image.fromarray(np.full((9, 9), 40, np.uint8))
+    grey.save(tmp_path / "b.webp", lossless=True)
+    Image.fromarray(np.full((8, 8), 70 * 256, np.uint16)).save(tmp_path / "c.png")
+    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "d.png")
+    Image.new("CMYK", (8, 8)).save(tmp_path / "e.jpg")
+    images, _ = inpaint.load_pictures(tmp_path, 8)
+    assert [tuple(image[4, 4]) for image in images] == [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]
+    assert (images[0] == images[0][0, 0]).all()
+
+
+def test_more_pictures_never_move_one_to_another_part():
+    images = [noise_picture(i) for i in range(600)]
+    hashes = np.array([inpaint.content_hash(image) for image in images])
+
+    def parts(count):
+        split = inpaint.split_by_content(np.stack(images[:count]), hashes[:count])
+        return {image.tobytes(): i for i, part in enumerate(split) for image in part}
+
+    few, many = parts(400), parts(600)
+    assert len(few) == 400 and len(many) == 600 and all(many[image] == part for image, part in few.items())
+    shares = np.bincount(list(many.values())) / 600
+    assert shares == pytest.approx([0.843, 0.060, 0.097], abs=0.04)
+
+
+def test_too_few_pictures_are_an_error():
+    with pytest.raises(ValueError, match="too few"):
+        inpaint.split_by_content(np.zeros((3, 8, 8, 3), np.uint8), np.array([0.1, 0.5, 0.99]))
+
+
+def test_cats_depend_on_their_seed_and_number_alone():
+    cats = inpaint.cartoon_cats(30, 32, seed=1)
+    assert cats.shape == (30, 32, 32, 3) and cats.dtype == np.uint8
+    assert len({cat.tobytes() for cat in cats}) == 30
+    assert (inpaint.cartoon_cats(5, 32, seed=1) == cats[:5]).all()
+    assert (inpaint.cartoon_cats(5, 32, seed=2) != cats[:5]).any()
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("brush", 0.23, 0.33), ("box", 0.23, 0.26), ("half", 0.5, 0.5)])
+def test_holes(kind, low, high):
+    holes = inpaint.make_holes(kind, 20, 64, 0)
+    assert holes.shape == (20, 64, 64) and holes.dtype == bool
+    assert all(low <= hole.mean() <= high for hole in holes)
+    assert (inpaint.make_holes(kind, 5, 64, 0) == holes[:5]).all()
+    assert len({hole.tobytes() for hole in holes}) >= min(4, len(holes))
+
+
+def test_a_token_with_any_hole_pixel_is_hidden():
+    holes = np.random.default_rng(0).random((6, 12, 8)) < 0.05
+    found = inpaint.hidden_tokens(holes, 4)
+    for b, y, x in itertools.product(range(6), range(3), range(2)):
+        pixels = [holes[b, 4 * y + i, 4 * x + j] for i in range(4) for j in range(4)]
+        assert found[b, y, x] == any(pixels)
+
+
+# ---------------------------------------------------------------------------------------------------
+# inpaint.py: scores
+
+
+def test_picture_scores_by_hand():
+    """Errors count inside the hole alone: 10 and 20 of 255 in two pictures."""
+    images = np.full((2, 16, 16, 3), 100, np.uint8)
+    holes = np.zeros((2, 16, 16), bool)
+    holes[:, 3:5, 7] = True
+    filled = images.copy()
+    filled[0][holes[0]] += 10
+    filled[1][holes[1]] -= 20
+    filled[:, 0, 0] = 0
+    found = inpaint.picture_scores(images, holes, filled)
+    assert found["l1"] == pytest.approx(15)
+    assert found["psnr"] == pytest.approx((20 * math.log10(25.5) + 20 * math.log10(12.75)) / 2)
+
+
+def test_structural_similarity_by_loops():
+    x, y = np.random.default_rng(0).integers(0, 256, (2, 2, 13, 12, 3), dtype=np.uint8)
+    window = np.array([[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / 4.5) for j in range(11)] for i in range(11)])
+    window /= window.sum()
+    values = []
+    for b, c, top, left in itertools.product(range(2), range(3), range(3), range(2)):
+        p, q = (images[b, top : top + 11, left : left + 11, c] / 255 for images in (x, y))
+        mp, mq = (window * p).sum(), (window * q).sum()
+        vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+        cov = (window * (p - mp) * (q - mq)).sum()
+        values.append((2 * mp * mq + 1e-4) * (2 * cov + 9e-4) / ((mp**2 + mq**2 + 1e-4) * (vp + vq + 9e-4)))
+    assert inpaint.structural_similarity(x, y) == pytest.approx(np.mean(values))
+    assert inpaint.structural_similarity(x, x) == pytest.approx(1)
+
+
+def test_mean_colour_is_that_of_the_visible_pixels():
+    image, hole = noise_picture(0)[None], np.random.default_rng(1).random((1, 16, 20)) < 0.4
+    found = inpaint.mean_colour(image, hole)
+    expected = [np.mean([image[0, y, x, c] for y, x in zip(*(~hole[0]).nonzero(), strict=True)]) for c in range(3)]
+    assert (found[~hole] == image[~hole]).all()
+    assert np.abs(found[hole] - np.array(expected)).max() <= 0.5
+    assert (inpaint.mean_colour(image, np.ones_like(hole)) == 128).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# inpaint.py as a user runs it
+
+TINY_CATS = ["--cartoons", "150", "--size", "16", "--codes", "16", "--dim", "16", "--heads", "2", "--layers", "1"]
+TINY_CATS += ["--batch-size", "8", "--steps", "4", "--test-images", "8", "--device", "cpu", "--precision", "float32"]
+
+
+def call_inpaint(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["inpaint.py", *map(str, arguments)])
+    inpaint.main()
+
+
+@pytest.fixture(scope="module")
+def inpaint_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("inpaint") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        call_inpaint(monkeypatch, *TINY_CATS, "--out", out)
+    return out
+
+
+def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
+    pictures = {"samples.png", "steps.png", "reconstruction.png", "loss.png", "decode.gif"}
+    assert {file.name for file in inpaint_run.iterdir()} == pictures | {"model.pt", "log.csv", "metrics.json"}
+    figures = json.loads((inpaint_run / "metrics.json").read_text())
+    names = [row["name"] for row in figures["rows"]]
+    for schedule, steps in itertools.product(("linear", "cosine", "square"), (1, 4, 8, 10, 20)):
+        assert names.count(f"{schedule}, T={steps}") == 1
+    assert {"mean colour", "true tokens", "entropy, T=20", "likeliest, T=1"} <= set(names)
+    assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in figures["rows"])
+    assert figures["pictures"]["training"] + figures["pictures"]["validation"] + figures["pictures"]["test"] == 150
+    best = min(float(row["validation"]) for row in csv.DictReader((inpaint_run / "log.csv").read_text().splitlines()))
+    assert figures["validation"] == best
+
+
+def test_an_inpaint_run_resumes_to_the_very_same_weights(inpaint_run, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        real(*arguments, **options)
+        raise KilledError
+
+    real = maskgit.save_checkpoint
+    monkeypatch.setattr(maskgit, "save_checkpoint", stop)
+    with pytest.raises(KilledError):
+        call_inpaint(monkeypatch, *TINY_CATS, "--out", tmp_path, "--checkpoint-steps", 2)
+    monkeypatch.setattr(maskgit, "save_checkpoint", real)
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 2
+    call_inpaint(monkeypatch, *TINY_CATS, "--out", tmp_path, "--resume")
+    once, twice = (load_checkpoint(folder / "model.pt") for folder in (inpaint_run, tmp_path))
+    for name, values in once["model"].state_dict().items():
+        assert torch.equal(values, twice["model"].state_dict()[name])
+    assert (once["tokenizer"].centroids == twice["tokenizer"].centroids).all()
+
+
+def test_training_hides_tokens_of_holes_in_a_share_of_the_pictures(monkeypatch):
+    """Half of the rows hide tokens of one hole only; a batch depends on its step alone."""
+    captured = {}
+
+    def capture(settings, codes, batch, device, **options):
+        captured["batch"] = batch
+
+    monkeypatch.setattr(inpaint, "train_as_set", capture)
+    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--size", "16", "--codes", "4", "--hole", "half", "--holes", "0.5"])
+    settings = inpaint.parse_arguments()
+    cats = inpaint.cartoon_cats(20, 16)
+    inpaint.train_model(
+        settings, inpaint.fit_tokenizer(cats, settings), inpaint.Split(cats, cats, cats), torch.device("cpu")
+    )
+    tokens, mask, coords = captured["batch"](3)
+    assert tokens.shape == mask.shape == (32, 16) and coords.shape == (16, 2)
+    assert mask.any(dim=1).all()
+    halves = [torch.from_numpy(np.rot90(np.arange(16).reshape(4, 4) % 4 < 2, k).copy()).flatten() for k in range(4)]
+    assert all(any(not (row & ~half).any() for half in halves) for row in mask[:16])
+    assert not all(any(not (row & ~half).any() for half in halves) for row in mask[16:])
+    assert all(torch.equal(a, b) for a, b in zip(captured["batch"](3), (tokens, mask, coords), strict=True))
+    assert not torch.equal(captured["batch"](4)[1], mask)
+
+
+def test_the_reports_preset_carries_their_numbers(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--preset", "report"])
+    settings = inpaint.parse_arguments()
+    sizes = (settings.dim, settings.heads, settings.layers, settings.hidden, settings.codes, settings.patch)
+    assert sizes == (768, 16, 15, 1536, 1024, 4)
+    training = (settings.optimizer, settings.lr, settings.betas, settings.batch_size, settings.loss, settings.steps)
+    assert training == ("adamw", 1e-4, (0.9, 0.96), 10, "all", 120_000)
+
+
+def write_pairs(folder, sizes, share=0.3):
+    """The reports' folders: masked_image/image_NNN.png with a grey hole and mask64/mask_NNN.png; [(image, hole)]."""
+    pairs = []
+    for name in ("masked_image", "mask64"):
+        (folder / name).mkdir(parents=True)
+    for i, (width, height) in enumerate(sizes):
+        hole = np.random.default_rng(i).random((height, width)) < share
+        image = np.where(hole[..., None], 128, noise_picture(i, width, height)).astype(np.uint8)
+        Image.fromarray(image).save(folder / "masked_image" / f"image_{i:03d}.png")
+        Image.fromarray(np.where(hole, 0, 255).astype(np.uint8)).save(folder / "mask64" / f"mask_{i:03d}.png")
+        pairs.append((image, hole))
+    return pairs
+
+
+def fill_call(monkeypatch, run, folder, *options):
+    paths = ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", folder / "out"]
+    call_inpaint(monkeypatch, "--checkpoint", run / "model.pt", *paths, "--device", "cpu", *options)
+
+
+def test_folders_as_in_the_reports(inpaint_run, tmp_path, monkeypatch, capsys):
+    """Of the model's size and others: what was visible comes back bit by bit, the holes are filled."""
+    pairs = write_pairs(tmp_path, [(16, 16), (16, 16), (40, 32), (7, 9)])
+    fill_call(monkeypatch, inpaint_run, tmp_path)
+    results = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").iterdir())]
+    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == [f"image_{i:03d}.png" for i in range(4)]
+    for result, (image, hole) in zip(results, pairs, strict=True):
+        assert result.shape == image.shape and (result[~hole] == image[~hole]).all()
+        assert (result[hole] != 128).any()
+    assert "2 pictures were filled at the model's 16x16" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="image_000.png exists"):
+        fill_call(monkeypatch, inpaint_run, tmp_path)
+    fill_call(monkeypatch, inpaint_run, tmp_path, "--force", "--seed", "1")
+    again = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
+    assert (again != results[0]).any()
+
+
+def test_samples_and_whole_pictures(inpaint_run, tmp_path, monkeypatch):
+    pairs = write_pairs(tmp_path, [(16, 16)] * 2, share=0.5)
+    fill_call(monkeypatch, inpaint_run, tmp_path, "--samples", "3", "--whole", "--order", "entropy")
+    shown = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert shown == [f"image_00{i}{end}.png" for i in range(2) for end in ("", "_1", "_2", "_3")]
+    first, second = (np.asarray(Image.open(tmp_path / "out" / f"image_000_{i}.png")) for i in (1, 2))
+    side_by_side = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
+    assert side_by_side.shape == (16, 64, 3)
+    assert (side_by_side[:, :16] == pairs[0][0]).all() and (side_by_side[:, 16:32] == first).all()
+    assert (first != second).any()
+    patches = first.reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1)
+    centroids = load_checkpoint(inpaint_run / "model.pt")["tokenizer"].centroids
+    assert all(np.abs(np.round(centroids * 255) - patch).max(axis=1).min() <= 1 for patch in patches)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_no_hole_and_nothing_but_hole(inpaint_run, tmp_path, monkeypatch, share):
+    ((image, _),) = write_pairs(tmp_path, [(16, 16)], share)
+    fill_call(monkeypatch, inpaint_run, tmp_path)
+    result = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
+    assert (result == image).all() == (share == 0)
+
+
+def test_single_files_and_one_mask_for_all(inpaint_run, tmp_path, monkeypatch):
+    write_pairs(tmp_path, [(16, 16)] * 3)
+    masks = tmp_path / "mask64" / "mask_001.png"
+    call_inpaint(
+        monkeypatch, "--checkpoint", inpaint_run / "model.pt", "--images", tmp_path / "masked_image", "--masks", masks,
+        "--out", tmp_path / "out", "--device", "cpu", "--sample", "argmax", "--decode-steps", 3, "--stop-after", 2,
+    )  # fmt: skip
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    hole = np.asarray(Image.open(masks)) < 128
+    for i in range(3):
+        result, image = (
+            np.asarray(Image.open(tmp_path / folder / f"image_{i:03d}.png")) for folder in ("out", "masked_image")
+        )
+        assert (result[~hole] == image[~hole]).all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "square"])
+def test_trace_of_a_schedule(inpaint_run, schedule):
+    """After step t a hole of N tokens has floor(gamma(t / T) N) left; the pictures show those in grey."""
+    checkpoint = load_checkpoint(inpaint_run / "model.pt")
+    images, holes, trace = inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool), []
+    inpaint.fill(checkpoint, images, holes, {"schedule": schedule, "steps": 5, "order": "confidence"}, trace=trace)
+    gamma = {"linear": lambda r: 1 - r, "cosine": lambda r: math.cos(math.pi * r / 2), "square": lambda r: 1 - r * r}
+    for t, (codes, hidden) in enumerate(trace, start=1):
+        expected = min(math.floor(gamma[schedule](t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
+        masks, pictures = inpaint.trace_pictures(checkpoint["tokenizer"], images, holes, codes, hidden)
+        assert int(hidden.sum()) == expected == (masks[0, ::4, ::4, 0] == 255).sum()
+        assert (pictures[0][masks[0, ..., 0] == 255] == 128).all()
+
+
+def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
+    write_pairs(tmp_path, [(16, 16)] * 2)
+    images, masks, out = tmp_path / "masked_image", tmp_path / "mask64", tmp_path / "out"
+    good = {"--checkpoint": inpaint_run / "model.pt", "--images": images, "--masks": masks, "--out": out}
+    (empty := tmp_path / "empty").mkdir()
+    shutil.copytree(images, damaged := tmp_path / "damaged")
+    (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
+    shutil.copytree(masks, small := tmp_path / "small")
+    Image.new("L", (8, 8)).save(small / "mask_001.png")
+    shutil.copytree(masks, fewer := tmp_path / "fewer", ignore=shutil.ignore_patterns("mask_001.png"))
+    shutil.copytree(masks, others := tmp_path / "others")
+    (others / "mask_001.png").rename(others / "mask_007.png")
+    save_checkpoint(other := tmp_path / "other.pt", tiny_model())
+    (text := tmp_path / "text.pt").write_text("no model")
+    for change, said in [
+        ({"--images": empty}, "empty holds no pictures"),
+        ({"--images": tmp_path / "nothing"}, "no folder or file"),
+        ({"--images": damaged}, "image_001.png cannot be read"),
+        ({"--masks": small}, r"mask_001.png is 8x8, .*image_001.png is 16x16"),
+        ({"--masks": fewer}, "2 pictures, .* 1 masks"),
+        ({"--masks": others}, "image_001.png and mask_007.png"),
+        ({"--masks": empty}, "empty holds no pictures"),
+        ({"--checkpoint": other}, "no checkpoint of inpaint.py"),
+        ({"--checkpoint": text}, "damaged or no checkpoint"),
+        ({"--checkpoint": tmp_path / "none.pt"}, "there is no checkpoint"),
+    ]:
+        with pytest.raises(ValueError, match=said) as error:
+            call_inpaint(monkeypatch, *itertools.chain(*(good | change).items()), "--device", "cpu")
+        assert "\n" not in str(error.value) and not out.exists()
+    for arguments in [("--checkpoint", other), ("--size", "30"), ("--patch", "0"), ("--schedules", "linear,cubist")]:
+        with pytest.raises(SystemExit, match="2"):
+            call_inpaint(monkeypatch, *arguments)
+    with pytest.raises(ValueError, match="empty holds no pictures"):
+        call_inpaint(monkeypatch, *TINY_CATS, "--data", empty, "--out", out)
+    with pytest.raises(ValueError, match="too few"):
+        call_inpaint(monkeypatch, *TINY_CATS, "--data", images, "--out", out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------
 # fid.py: the network
 
 
@@ -1868,7 +2208,7 @@ def test_kernel_distance_needs_four_images():
 
 @pytest.mark.parametrize("count", [60, 1200])
 def test_the_bias_of_small_sets(count):
-    """Two Gaussians in 300 dimensions, 3 apart: what FID has above 9 is bias. The bound is near it where N is above D."""
+    """Two Gaussians in 300 dimensions, 3 apart: what FID has above 9 is bias, and the bound near it if N is above D."""
     x, y = np.random.default_rng(0).standard_normal((2, count, 300)) / np.sqrt(np.arange(1, 301))
     y[:, 0] += 3
     a, b = (fid.statistics_of([f], count) for f in (x, y))
