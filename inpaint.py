@@ -241,6 +241,14 @@ def cartoon_cats(count, size, seed=0):
     return np.stack([cartoon_cat(np.random.default_rng([seed, i]), size) for i in range(count)])
 
 
+def open_pictures(folder, cartoons, size, seed):
+    """The Split of a folder's pictures, or without a folder of so many drawn cats."""
+    if folder:
+        return split_by_content(*load_pictures(folder, size))
+    cats = cartoon_cats(cartoons, size, seed)
+    return split_by_content(cats, np.array([content_hash(cat) for cat in cats]))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Holes
 
@@ -629,12 +637,7 @@ def run_experiment(settings):
     """Codebook, training, scores and pictures."""
     device = open_run(settings)
     settings.record, started = run_record(), time.monotonic()
-    if settings.data:
-        images, hashes = load_pictures(settings.data, settings.size)
-    else:
-        images = cartoon_cats(settings.cartoons, settings.size, settings.seed)
-        hashes = np.array([content_hash(image) for image in images])
-    split = split_by_content(images, hashes)
+    split = open_pictures(settings.data, settings.cartoons, settings.size, settings.seed)
     print("pictures:", ", ".join(f"{len(part)} {name}" for name, part in split._asdict().items()))
     resumed = settings.resume and load_checkpoint(settings.out / "model.pt")
     tokenizer = resumed["tokenizer"] if resumed else fit_tokenizer(split.training, settings)

@@ -1,0 +1,50 @@
+"""OpenCV's two inpainting methods on the holes that inpaint.py scores itself on.
+
+    python -m pip install -r benchmarks/requirements.txt
+    python benchmarks/inpaint.py --checkpoint runs/inpaint/model.pt --json results/inpaint_opencv.json
+
+The pictures are those of the run: the drawn cats, or the folder that it was trained on.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
+
+# By its path: this file has the same name.
+spec = importlib.util.spec_from_file_location("ours", Path(__file__).resolve().parents[1] / "inpaint.py")
+ours = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ours)
+
+METHODS = {"Telea": cv2.INPAINT_TELEA, "Navier-Stokes": cv2.INPAINT_NS}
+RADIUS = 3  # pixels around the hole that are looked at, OpenCV's usual value
+
+
+def main():
+    parser = CommandLine(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="the folder of pictures, where the run had one")
+    parser.add_argument("--test-images", type=at_least(1), default=100)
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    settings = parser.parse_args()
+    settings.record = run_record() | {"opencv": cv2.__version__}
+    run = load_checkpoint(settings.checkpoint)["config"]
+    images = ours.open_pictures(settings.data, run["cartoons"], run["size"], run["seed"]).test[: settings.test_images]
+    holes = ours.make_holes(run["hole"], len(images), run["size"], ours.TEST_SEED)
+    rows = {}
+    for name, method in METHODS.items():
+        filled = [
+            cv2.inpaint(image, hole.astype(np.uint8), RADIUS, method) for image, hole in zip(images, holes, strict=True)
+        ]
+        rows[name] = ours.picture_scores(images, holes, np.stack(filled))
+    write_figures(settings, {"scored": len(images), "rows": rows}, settings.json)
+    print_table(["method", "psnr", "l1", "ssim"], [[n, *(f"{v:.4g}" for v in row.values())] for n, row in rows.items()])
+
+
+if __name__ == "__main__":
+    run_as_script(main)
