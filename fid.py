@@ -9,7 +9,10 @@ every published FID uses. Its weights (91 MB) are fetched once, or given by --we
 dropped, 16-bit values above 255 are white. A folder's subfolders are not searched.
 
 FID is too large for small sets, and needs 2,048 images or more on each side; a warning says by how much at least. KID
-has no such bias. Measured beside pytorch-fid: see the README and results/fid.json.
+has no such bias.
+
+Beside pytorch-fid 0.3.0 on two CPU cores: FID equal within 3e-6 of its value, 2.6 times the images per second, and the
+distance in a sixth of the time (results/fid.json).
 
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Chong and Forsyth 2020 (the bias of FID).
 """

@@ -244,7 +244,7 @@ def cartoon_cats(count, size, seed=0):
 def open_pictures(folder, cartoons, size, seed):
     """The Split of a folder's pictures, or without a folder of so many drawn cats."""
     if folder:
-        return split_by_content(*load_pictures(folder, size))
+        return split_by_content(*load_pictures(Path(folder), size))
     cats = cartoon_cats(cartoons, size, seed)
     return split_by_content(cats, np.array([content_hash(cat) for cat in cats]))
 
@@ -392,6 +392,7 @@ def train_model(settings, tokenizer, split, device, **options):
         device,
         betas=tuple(settings.betas),
         every_position=settings.loss == "all",
+        may_change=ONLY_AFTER_TRAINING,
         tokenizer=tokenizer,
         validate=validate,
         best_by="validation",
@@ -586,6 +587,7 @@ def draw_pictures(checkpoint, split, history, settings):
         trace, options = [], options_of(settings) | {"schedule": schedule, "steps": 8, "order": "confidence"}
         fill(checkpoint, images[:1], holes[:1], options, trace=trace)
         shown = [trace_pictures(tokenizer, images[:1], holes[:1], *step) for step in trace]
+        shown += shown[-1:] * (8 - len(shown))  # a small hole is filled in fewer steps
         rows += [[step[0][0] for step in shown], [step[1][0] for step in shown]]
     sheet(np.array(rows), settings, [f"step {t}" for t in range(1, len(rows[0]) + 1)]).save(out / "steps.png")
     trace = []
@@ -742,6 +744,20 @@ def fill_originals(checkpoint, originals, settings, draw):
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
+# Settings that --resume may change: they do not touch the weights.
+ONLY_AFTER_TRAINING = {
+    "checkpoint",
+    "images",
+    "masks",
+    "whole",
+    "samples",
+    "decode_steps",
+    "schedule",
+    "order",
+    "sample",
+}
+ONLY_AFTER_TRAINING |= {"temperature", "choice_temperature", "stop_after", "test_images", "score_seeds", "schedules"}
+ONLY_AFTER_TRAINING |= {"weights"}
 DEFAULTS = {"dim": 192, "heads": 6, "layers": 6, "rotary": True, "batch_size": 32, "lr": 4e-3, "steps": 1500}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
@@ -756,7 +772,7 @@ def parse_arguments():
     add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
     parser.add_run_options("runs/inpaint")
     add = parser.add_argument_group("pictures").add_argument
-    add("--data", type=Path, help="folder of pictures; default: drawn cartoon cats")
+    add("--data", help="folder of pictures; default: drawn cartoon cats")
     add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
     add("--size", type=count, default=64, help="pixels per side, default %(default)s")
     add("--patch", type=count, default=4, help="pixels per side of a token, default %(default)s")

@@ -1728,6 +1728,23 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     assert figures["validation"] == best
 
 
+def test_an_inpaint_run_on_a_folder_and_its_scores_anew(tmp_path, monkeypatch, capsys):
+    """A finished run is scored again, with other options, by --resume."""
+    for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        Image.fromarray(cat).save(tmp_path / "cats" / f"{i}.png")
+    options = [*TINY_CATS, "--data", tmp_path / "cats", "--out", tmp_path / "run", "--schedules", "cubic"]
+    call_inpaint(monkeypatch, *options)
+    assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
+    before = load_checkpoint(tmp_path / "run" / "model.pt")["model"].state_dict()
+    call_inpaint(monkeypatch, *options, "--resume", "--score-seeds", 2, "--order", "halton")
+    assert "cubic, T=8" in capsys.readouterr().out
+    after = load_checkpoint(tmp_path / "run" / "model.pt")["model"].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match="trained with dim=16, not 32"):
+        call_inpaint(monkeypatch, *options, "--resume", "--dim", 32)
+
+
 def test_an_inpaint_run_resumes_to_the_very_same_weights(inpaint_run, tmp_path, monkeypatch):
     class KilledError(Exception):
         pass

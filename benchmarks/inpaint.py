@@ -28,13 +28,12 @@ RADIUS = 3  # pixels around the hole that are looked at, OpenCV's usual value
 def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, help="the folder of pictures, where the run had one")
     parser.add_argument("--test-images", type=at_least(1), default=100)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
     settings.record = run_record() | {"opencv": cv2.__version__}
     run = load_checkpoint(settings.checkpoint)["config"]
-    images = ours.open_pictures(settings.data, run["cartoons"], run["size"], run["seed"]).test[: settings.test_images]
+    images = ours.open_pictures(run["data"], run["cartoons"], run["size"], run["seed"]).test[: settings.test_images]
     holes = ours.make_holes(run["hole"], len(images), run["size"], ours.TEST_SEED)
     rows = {}
     for name, method in METHODS.items():
