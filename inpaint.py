@@ -791,7 +791,10 @@ def parse_arguments():
     parser.add_training_options()
     parser.add_argument("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
     parser.add_argument("--betas", type=share, nargs=2, default=(0.9, 0.95), help="of AdamW")
-    parser.set_defaults(**DEFAULTS | (REPORT if parser.parse_known_args()[0].preset else {}))
+    known = parser.parse_known_args()[0]
+    parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}))
+    if known.checkpoint:
+        parser.set_defaults(out=Path("runs/filled"))
     settings = parser.parse_args()
     if settings.checkpoint and not (settings.images and settings.masks):
         parser.error("--checkpoint fills --images by their --masks: name both")

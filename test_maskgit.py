@@ -1702,6 +1702,7 @@ TINY_CATS += ["--batch-size", "8", "--steps", "4", "--test-images", "8", "--devi
 
 
 def call_inpaint(monkeypatch, *arguments):
+    monkeypatch.setattr(fid, "release_path", lambda: Path("no-weights-here.pth"))
     monkeypatch.setattr(sys, "argv", ["inpaint.py", *map(str, arguments)])
     inpaint.main()
 
@@ -1792,6 +1793,19 @@ def test_the_reports_preset_carries_their_numbers(monkeypatch):
     assert sizes == (768, 16, 15, 1536, 1024, 4)
     training = (settings.optimizer, settings.lr, settings.betas, settings.batch_size, settings.loss, settings.steps)
     assert training == ("adamw", 1e-4, (0.9, 0.96), 10, "all", 120_000)
+
+
+def test_fid_and_kid_where_the_weights_are(inception_weights):
+    """Those of the two sets' features; a set is at distance 0 from itself."""
+    scorer = inpaint.Inception(inception_weights, torch.device("cpu"))
+    cats = inpaint.cartoon_cats(6, 32)
+    found = scorer.scores(cats, cats[:, ::-1])
+    with torch.inference_mode():
+        network = fid.load_inception(weights=inception_weights)
+        x, y = (network(fid.network_input(list(images), "cpu")).numpy() for images in (cats, cats[:, ::-1]))
+    assert found["fid"] == pytest.approx(fid.frechet_distance_from_features(x, y), rel=1e-4)
+    assert found["kid"] == pytest.approx(fid.kernel_distance(x, y)[0], rel=1e-4)
+    assert scorer.scores(cats, cats)["fid"] < 1e-6 * found["fid"]
 
 
 def write_pairs(folder, sizes, share=0.3):
@@ -2373,6 +2387,7 @@ def test_readme_example_runs_on_maskgit_alone(tmp_path):
     ("script", "flags"),
     [
         ("train_squares.py", ["--preset", "--ablation", "--completions", "--draws", "--positions"]),
+        ("inpaint.py", ["--data", "--hole", "--checkpoint", "--images", "--masks", "--samples", "--order", "--preset"]),
         ("train_rectangles.py", ["--task", "--remedies", "--rectangles", "--points", "--soft-targets", "--no-rotary"]),
     ],
 )
