@@ -8,7 +8,6 @@ than a layer has features, since pytorch-fid needs that. Everything is called as
 """
 
 import contextlib
-import importlib.util
 import io
 import statistics
 import sys
@@ -31,12 +30,8 @@ import pytorch_fid.fid_score as theirs  # noqa: E402
 import pytorch_fid.inception  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fid as ours  # noqa: E402
 from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures  # noqa: E402
-
-# By its path: this file has the same name.
-spec = importlib.util.spec_from_file_location("ours", Path(__file__).resolve().parents[1] / "fid.py")
-ours = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ours)
 
 FORMS = {
     "png": lambda image: (image, "png"),

@@ -1,12 +1,11 @@
 """OpenCV's two inpainting methods on the holes that inpaint.py scores itself on.
 
     python -m pip install -r benchmarks/requirements.txt
-    python benchmarks/inpaint.py --checkpoint runs/inpaint/model.pt --json results/inpaint_opencv.json
+    python benchmarks/opencv.py --checkpoint runs/inpaint/model.pt --json results/inpaint_opencv.json
 
 The pictures are those of the run: the drawn cats, or the folder that it was trained on.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -14,12 +13,8 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import inpaint as ours
 from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
-
-# By its path: this file has the same name.
-spec = importlib.util.spec_from_file_location("ours", Path(__file__).resolve().parents[1] / "inpaint.py")
-ours = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(ours)
 
 METHODS = {"Telea": cv2.INPAINT_TELEA, "Navier-Stokes": cv2.INPAINT_NS}
 RADIUS = 3  # pixels around the hole that are looked at, OpenCV's usual value
