@@ -504,6 +504,7 @@ def decode(
     confidence="probability",
     certain=0.05,
     stop_after=None,
+    evidence=None,
     generator=None,
     trace=None,
 ):
@@ -526,6 +527,7 @@ def decode(
     temperature divides the logits.
     confidence  "probability" (R1, R2), or "log_probability" (the paper's code).
     stop_after  commit all that is left after this many steps (the reports' sweet spot).
+    evidence    (B, T, K), added to the logits: the log-likelihood of what else is known of each token.
     generator   a torch.Generator on the tokens' device; the same one gives the same tokens.
     trace       a list; each step appends (tokens, mask) as they stand after it, (B, T) both.
 
@@ -546,6 +548,7 @@ def decode(
             if len(rows) == 0:
                 break
             logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows]).float()  # (b, T, K)
+            logits = logits if evidence is None else logits + evidence[rows]
             log_probs = (logits / temperature).log_softmax(dim=-1)
             likeliest = log_probs.argmax(dim=-1)  # (b, T)
             values = likeliest if sample == "argmax" else draw(log_probs, generator)

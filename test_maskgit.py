@@ -661,6 +661,16 @@ def test_decode_refuses_bad_arguments(wrong, message):
         decode(tiny_model(), **arguments)
 
 
+def test_evidence_is_added_to_the_logits_of_its_own_token():
+    """Evidence for one code in each token overrules the model, whichever images are finished."""
+    model, tokens, coords = tiny_model(), torch.zeros(3, 6, dtype=torch.int64), grid_coords(2, 3)
+    mask = random_mask((3, 6), torch.tensor([0.2, 0.6, 1.0]), seeded())
+    wanted = torch.randint(5, (3, 6), generator=seeded(1))
+    evidence = 100.0 * F.one_hot(wanted, 5)
+    found = decode(model, tokens, mask, coords, order="confidence", steps=4, evidence=evidence, generator=seeded())
+    assert torch.equal(found, torch.where(mask, wanted, tokens))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Running
 
@@ -1644,6 +1654,26 @@ def test_holes(kind, low, high):
     assert len({hole.tobytes() for hole in holes}) >= min(4, len(holes))
 
 
+def test_evidence_of_the_visible_pixels_by_loops():
+    """Differences between codes are those of a normal density; a token that is wholly hidden knows nothing."""
+    rng = np.random.default_rng(0)
+    images, holes = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), np.zeros((2, 8, 8), bool)
+    holes[:, 2:8, 5:8] = holes[1, 4:8, 4:8] = True
+    tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32), 4, 4)
+    found = inpaint.pixel_evidence(tokenizer, images, holes).numpy()
+    assert found.shape == (2, 4, 5) and np.abs(found[1, 3]).max() == 0
+    for b in range(2):
+        squares = np.zeros((4, 5, 4, 4))
+        for t, k, i, j in itertools.product(range(4), range(5), range(4), range(4)):
+            pixel, code = images[b, t // 2 * 4 + i, t % 2 * 4 + j] / 255, tokenizer.centroids[k].reshape(4, 4, 3)[i, j]
+            squares[t, k, i, j] = ((pixel - code) ** 2).sum()
+        hidden = holes[b].reshape(2, 4, 2, 4).transpose(0, 2, 1, 3).reshape(4, 1, 4, 4)
+        whole = [t for t in range(4) if not hidden[t].any()]
+        noise = 3.5 * np.mean([squares[t].sum(axis=(1, 2)).min() / 48 for t in whole])
+        expected = -(squares * ~hidden).sum(axis=(2, 3)) / (2 * noise)
+        np.testing.assert_allclose(found[b] - found[b][:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_with_any_hole_pixel_is_hidden():
     holes = np.random.default_rng(0).random((6, 12, 8)) < 0.05
     found = inpaint.hidden_tokens(holes, 4)
@@ -1815,6 +1845,7 @@ def write_pairs(folder, sizes, share=0.3):
         (folder / name).mkdir(parents=True)
     for i, (width, height) in enumerate(sizes):
         hole = np.random.default_rng(i).random((height, width)) < share
+        hole[:, width // 2 :] |= share > 0  # some tokens show nothing
         image = np.where(hole[..., None], 128, noise_picture(i, width, height)).astype(np.uint8)
         Image.fromarray(image).save(folder / "masked_image" / f"image_{i:03d}.png")
         Image.fromarray(np.where(hole, 0, 255).astype(np.uint8)).save(folder / "mask64" / f"mask_{i:03d}.png")
@@ -1888,7 +1919,8 @@ def test_trace_of_a_schedule(inpaint_run, schedule):
     """After step t a hole of N tokens has floor(gamma(t / T) N) left; the pictures show those in grey."""
     checkpoint = load_checkpoint(inpaint_run / "model.pt")
     images, holes, trace = inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool), []
-    inpaint.fill(checkpoint, images, holes, {"schedule": schedule, "steps": 5, "order": "confidence"}, trace=trace)
+    options = {"schedule": schedule, "steps": 5, "order": "confidence", "evidence": False}
+    inpaint.fill(checkpoint, images, holes, options, trace=trace)
     gamma = {"linear": lambda r: 1 - r, "cosine": lambda r: math.cos(math.pi * r / 2), "square": lambda r: 1 - r * r}
     for t, (codes, hidden) in enumerate(trace, start=1):
         expected = min(math.floor(gamma[schedule](t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
