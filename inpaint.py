@@ -426,16 +426,18 @@ class Test(NamedTuple):
     mask: torch.Tensor  # bool (B, h * w)
 
     @torch.no_grad()
-    def cross_entropy(self, model):
-        """Nats per hidden token, all of them hidden at once."""
+    def cross_entropy(self, model, tokenizer=None):
+        """Nats per hidden token, all of them hidden at once; with a tokenizer the visible pixels of theirs count too."""
         device, total = next(model.parameters()).device, 0.0
         coords = grid_coords(*self.codes.shape[1:]).to(device)
-        parts = zip(self.codes.flatten(1).split(64), self.mask.split(64), strict=True)
-        for codes, mask in parts:
-            codes, mask = codes.to(device), mask.to(device)
+        for start in range(0, len(self.images), 64):
+            rows = slice(start, start + 64)
+            codes, mask = self.codes[rows].flatten(1).to(device), self.mask[rows].to(device)
             with precision_context(device, fast_precision(device)):
-                logits = model(codes.masked_fill(mask, model.mask_id), coords)
-            total += float(masked_cross_entropy(logits.float(), codes, mask)) * int(mask.sum())
+                logits = model(codes.masked_fill(mask, model.mask_id), coords).float()
+            if tokenizer:
+                logits += pixel_evidence(tokenizer, self.images[rows], self.holes[rows]).to(device)
+            total += float(masked_cross_entropy(logits, codes, mask)) * int(mask.sum())
         return total / int(self.mask.sum())
 
 
@@ -528,10 +530,12 @@ def score(checkpoint, split, settings):
             rows.append(scored(name, filled, seed=seed, seconds=seconds, **options))
         print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
     entropies = {name: t.cross_entropy(checkpoint["model"]) for name, t in (("test", test), ("seen", seen))}
+    entropies["with evidence"] = test.cross_entropy(checkpoint["model"], checkpoint["tokenizer"])
     filled = fill_in_batches(checkpoint, seen.images, seen.holes, options_of(settings))
     return {
         "pictures": {"training": len(split.training), "validation": len(split.validation), "test": len(split.test)},
         "scored": len(test.images),
+        "hidden": {"pixels": float(test.holes.mean()), "tokens": float(test.mask.float().mean())},
         "cross_entropy": entropies,
         "seen": picture_scores(seen.images, seen.holes, filled),
         "rows": rows,
@@ -566,8 +570,8 @@ def print_scores(figures):
         rows = [row for row in figures["rows"] if row["name"] == name]
         table.append([name, *(spread([row[n] for row in rows if n in row]) for n in names)])
     print_table(["filled by", *names], table)
-    test, seen = figures["cross_entropy"]["test"], figures["cross_entropy"]["seen"]
-    print(f"cross-entropy per hidden token: {test:.3f} nats, on pictures seen in training {seen:.3f}")
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in figures["cross_entropy"].items())
+    print(f"cross-entropy, nats per hidden token: {shown}; seen: on pictures of the training")
 
 
 def spread(values):

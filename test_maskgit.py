@@ -1715,6 +1715,22 @@ def test_structural_similarity_by_loops():
     assert inpaint.structural_similarity(x, x) == pytest.approx(1)
 
 
+def test_cross_entropy_of_a_test_picture_by_picture(inpaint_run):
+    """In more than one batch, weighted by hidden tokens, with and without evidence."""
+    checkpoint = load_checkpoint(inpaint_run / "model.pt")
+    model, tokenizer, settings = checkpoint["model"], checkpoint["tokenizer"], argparse.Namespace(hole="brush", size=16)
+    test = inpaint.make_test(inpaint.cartoon_cats(70, 16), tokenizer, settings, seed=3)
+    plain, informed = [], []
+    for image, hole, codes, mask in zip(test.images, test.holes, test.codes.flatten(1), test.mask, strict=True):
+        logits = model(codes.masked_fill(mask, 16)[None], grid_coords(4, 4)).detach()
+        evidence = inpaint.pixel_evidence(tokenizer, image[None], hole[None])
+        for found, values in ((plain, logits), (informed, logits + evidence)):
+            found += (-values[0].log_softmax(-1)[range(16), codes])[mask].tolist()
+    assert test.cross_entropy(model) == pytest.approx(np.mean(plain), rel=0.02)  # bf16 where the processor has it
+    assert test.cross_entropy(model, tokenizer) == pytest.approx(np.mean(informed), rel=0.02)
+    assert np.mean(informed) < np.mean(plain)
+
+
 def test_mean_colour_is_that_of_the_visible_pixels():
     image, hole = noise_picture(0)[None], np.random.default_rng(1).random((1, 16, 20)) < 0.4
     found = inpaint.mean_colour(image, hole)
