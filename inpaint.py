@@ -427,7 +427,7 @@ class Test(NamedTuple):
 
     @torch.no_grad()
     def cross_entropy(self, model, tokenizer=None):
-        """Nats per hidden token, all of them hidden at once; with a tokenizer the visible pixels of theirs count too."""
+        """Nats per hidden token, all of them hidden at once; with a tokenizer their visible pixels count too."""
         device, total = next(model.parameters()).device, 0.0
         coords = grid_coords(*self.codes.shape[1:]).to(device)
         for start in range(0, len(self.images), 64):
@@ -486,11 +486,11 @@ class Inception:
     """FID and KID of pictures against those of a test, where the Inception weights are at hand."""
 
     def __init__(self, weights, device):
-        weights = weights or fid.release_path()
-        self.network = fid.load_inception(weights=weights, device=device) if weights.exists() else None
-        self.device = device
-        if self.network is None:
-            print(f"no FID and KID: the Inception weights are not at {weights}; python fid.py fetches them, see --help")
+        self.device, self.network, path = device, None, weights or fid.release_path()
+        if weights or path.exists():
+            self.network = fid.load_inception(weights=path, device=device)
+        else:
+            print(f"no FID and KID: the Inception weights are not at {path}; python fid.py fetches them, see --help")
 
     @torch.inference_mode()
     def features(self, images):
@@ -553,7 +553,7 @@ def ways_to_fill(settings):
     chosen = options_of(settings)
     reports = {"order": "confidence", "sample": "categorical", "temperature": 1.0, "choice_temperature": 4.5}
     reports |= {"stop_after": None, "evidence": False}
-    ways = [("as set", chosen), ("as set, without the rim", chosen | {"evidence": False})]
+    ways = [("as set", chosen), ("as set, no evidence", chosen | {"evidence": False})]
     ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
     ways += [(f"{order}, T=20", chosen | {"order": order, "steps": 20}) for order in ORDERS]
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
