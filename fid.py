@@ -488,6 +488,7 @@ def open_set(path):
 
 def settings_from_command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     option = parser.add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     option("path", nargs=2, type=Path, help="two folders or .npz files; with --save-stats a folder and an .npz file")

@@ -2403,6 +2403,8 @@ def test_bad_input_to_fid_is_named(two_folders, inception_weights, tmp_path, mon
     for option in [("--batch-size", "0"), ("--num-workers", "-1"), ("--dims", "5"), ("--batch-size", "x")]:
         with pytest.raises(SystemExit, match="2"):
             call_fid(monkeypatch, capsys, good, good, *option)
+        complaint = capsys.readouterr().err
+        assert complaint.startswith("error: ") and complaint.count("\n") == 1
 
 
 def test_fid_as_a_program(two_folders, inception_weights, tmp_path):
