@@ -821,6 +821,34 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
         assert [int(row["step"]) for row in csv.DictReader(file)] == [6, 12, 18, 20]
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_best_validated_model_is_kept(ema, tmp_path):
+    """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
+    seen = {}
+
+    def validate(model):
+        seen[len(seen)] = weights(model).clone()
+        return {"figure": [3.0, 1.0, 2.0, 1.5][len(seen) - 1]}
+
+    def breaks_off(step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return striped_batch(step)
+
+    model, again = tiny_model(codes=2), tiny_model(codes=2)
+    arguments = {"steps": 8, "log_steps": 2, "lr": 0.01, "ema": ema, "validate": validate, "best_by": "figure"}
+    train(model, striped_batch, **arguments)
+    best = seen[1]
+    assert torch.equal(weights(model), best) and not torch.equal(best, seen[3])
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(again, breaks_off, out=tmp_path, checkpoint_steps=6, **arguments)
+    assert torch.equal(weights(load_checkpoint(tmp_path / "model.pt")["model"]), best)
+    train(again, striped_batch, out=tmp_path, resume=True, **arguments)
+    assert torch.equal(weights(again), best) and len(seen) == 4
+    assert torch.equal(weights(load_checkpoint(tmp_path / "model.pt")["model"]), best)
+
+
 def test_resume_refuses_another_configuration_and_no_checkpoint(tmp_path):
     model = tiny_model(codes=2)
     with pytest.raises(ValueError, match="no checkpoint"):
