@@ -460,7 +460,8 @@ def mask_of_kind(shape, kind, generator):
     if kind in SCHEDULES:
         # One r from each B-th of [0, 1): the mean loss of a batch then depends less on luck.
         r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
-        return random_mask(shape, SCHEDULES[kind](r.numpy()), generator)
+        gamma = SCHEDULES[kind](r.numpy()).clip(0, 1)  # rounded to 1, r has a cosine of -4e-8
+        return random_mask(shape, gamma, generator)
     try:
         share = 0.0 if kind == "single" else float(kind)
     except ValueError:

@@ -489,6 +489,17 @@ def test_masked_cross_entropy_by_hand():
     assert smooth.item() == pytest.approx(sum(0.9 * a + 0.1 * b for a, b in zip(hidden, other, strict=True)) / 3)
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_the_extremes_of_the_random_numbers_are_masks(kind, extreme, monkeypatch):
+    """The least and the largest number that torch.rand draws: as r they round to 0 and to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
+    for rows in (1, 16):
+        hidden = training_mask((rows, 9), kind).sum(dim=1)
+        assert hidden.min() >= 1 and hidden.max() <= 9
+        assert hidden[-1] == 1 if extreme else hidden[0] == 9
+
+
 # ---------------------------------------------------------------------------------------------------
 # Decoding
 
