@@ -555,7 +555,7 @@ def ways_to_fill(settings):
     reports |= {"stop_after": None, "evidence": False}
     ways = [("as set", chosen), ("as set, no evidence", chosen | {"evidence": False})]
     ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
-    ways += [(f"{order}, T=20", chosen | {"order": order, "steps": 20}) for order in ORDERS]
+    ways += [(f"order {order}", chosen | {"order": order}) for order in ORDERS if order != chosen["order"]]
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
         ways.append((f"{schedule}, T={steps}", reports | {"schedule": schedule, "steps": steps}))
     return ways
@@ -808,8 +808,8 @@ def parse_arguments():
     add("--schedule", choices=SCHEDULES, default="cosine")
     add("--order", choices=ORDERS, default="confidence")
     add("--sample", choices=("categorical", "argmax"), default="categorical")
-    add("--temperature", type=at_least(1e-6, float), default=1.0)
-    add("--choice-temperature", type=at_least(0.0, float), default=4.5)
+    add("--temperature", type=at_least(1e-6, float), default=0.7)
+    add("--choice-temperature", type=at_least(0.0, float), default=1.0)
     add(
         "--evidence",
         action=argparse.BooleanOptionalAction,
@@ -818,7 +818,7 @@ def parse_arguments():
     )
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add = parser.add_argument_group("scores").add_argument
-    add("--test-images", type=at_least(8), default=100, help="default %(default)s")
+    add("--test-images", type=at_least(8), default=48, help="default %(default)s")
     add("--validation-images", type=count, default=200, help="default %(default)s")
     add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
     add("--schedules", default="linear,cosine,square", help="of the table, default %(default)s")

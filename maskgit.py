@@ -840,7 +840,7 @@ def precision_context(device, precision):
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if device.type == "cpu":
+        if device.type == "cpu" and torch.is_grad_enabled():
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the flag rules CPUs as well
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
