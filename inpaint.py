@@ -441,8 +441,9 @@ class Test(NamedTuple):
         return total / int(self.mask.sum())
 
 
-def make_test(images, tokenizer, settings, seed):
-    holes = make_holes(settings.hole, len(images), settings.size, seed)
+def make_test(images, tokenizer, settings, seed, kind=None):
+    """A Test with holes of the kind that is set, or another."""
+    holes = make_holes(kind or settings.hole, len(images), settings.size, seed)
     mask = torch.from_numpy(hidden_tokens(holes, tokenizer.patch)).flatten(1)
     return Test(images, holes, encode(tokenizer, images), mask)
 
@@ -531,13 +532,18 @@ def score(checkpoint, split, settings):
         print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
     entropies = {name: t.cross_entropy(checkpoint["model"]) for name, t in (("test", test), ("seen", seen))}
     entropies["with evidence"] = test.cross_entropy(checkpoint["model"], checkpoint["tokenizer"])
-    filled = fill_in_batches(checkpoint, seen.images, seen.holes, options_of(settings))
+    others = {"seen": seen}
+    for kind in HOLES:
+        others[kind] = make_test(test.images, checkpoint["tokenizer"], settings, TEST_SEED, kind)
+    for name, other in others.items():
+        filled = fill_in_batches(checkpoint, other.images, other.holes, options_of(settings))
+        others[name] = picture_scores(other.images, other.holes, filled)
     return {
         "pictures": {"training": len(split.training), "validation": len(split.validation), "test": len(split.test)},
         "scored": len(test.images),
         "hidden": {"pixels": float(test.holes.mean()), "tokens": float(test.mask.float().mean())},
         "cross_entropy": entropies,
-        "seen": picture_scores(seen.images, seen.holes, filled),
+        "as set": others,
         "rows": rows,
     }
 
@@ -570,6 +576,8 @@ def print_scores(figures):
         rows = [row for row in figures["rows"] if row["name"] == name]
         table.append([name, *(spread([row[n] for row in rows if n in row]) for n in names)])
     print_table(["filled by", *names], table)
+    rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in figures["as set"].items()]
+    print_table(["as set, on", "psnr", "l1", "ssim"], rows)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in figures["cross_entropy"].items())
     print(f"cross-entropy, nats per hidden token: {shown}; seen: on pictures of the training")
 

@@ -1808,7 +1808,10 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     for schedule, steps in itertools.product(("linear", "cosine", "square"), (1, 4, 8, 10, 20)):
         assert names.count(f"{schedule}, T={steps}") == 1
     assert {"mean colour", "true tokens", "order entropy", "likeliest, T=1"} <= set(names)
-    assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in figures["rows"])
+    assert set(figures["as set"]) == {"seen", "brush", "box", "half"}
+    assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in [*figures["rows"], *figures["as set"].values()])
+    chosen = next(row for row in figures["rows"] if row["name"] == "as set")
+    assert figures["as set"]["brush"]["psnr"] == chosen["psnr"], "the same pictures, holes and draws"
     assert figures["pictures"]["training"] + figures["pictures"]["validation"] + figures["pictures"]["test"] == 150
     best = min(float(row["validation"]) for row in csv.DictReader((inpaint_run / "log.csv").read_text().splitlines()))
     assert figures["validation"] == best

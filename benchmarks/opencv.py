@@ -29,15 +29,16 @@ def main():
     settings.record = run_record() | {"opencv": cv2.__version__}
     run = load_checkpoint(settings.checkpoint)["config"]
     images = ours.open_pictures(run["data"], run["cartoons"], run["size"], run["seed"]).test[: settings.test_images]
-    holes = ours.make_holes(run["hole"], len(images), run["size"], ours.TEST_SEED)
-    rows = {}
-    for name, method in METHODS.items():
-        filled = [
-            cv2.inpaint(image, hole.astype(np.uint8), RADIUS, method) for image, hole in zip(images, holes, strict=True)
-        ]
-        rows[name] = ours.picture_scores(images, holes, np.stack(filled))
+    rows = []
+    for kind in ours.HOLES:
+        holes = ours.make_holes(kind, len(images), run["size"], ours.TEST_SEED)
+        for name, method in METHODS.items():
+            pairs = zip(images, holes.astype(np.uint8), strict=True)
+            filled = np.stack([cv2.inpaint(image, hole, RADIUS, method) for image, hole in pairs])
+            rows.append({"holes": kind, "method": name} | ours.picture_scores(images, holes, filled))
     write_figures(settings, {"scored": len(images), "rows": rows}, settings.json)
-    print_table(["method", "psnr", "l1", "ssim"], [[n, *(f"{v:.4g}" for v in row.values())] for n, row in rows.items()])
+    names = ("psnr", "l1", "ssim")
+    print_table(["holes", "method", *names], [[r["holes"], r["method"], *(f"{r[n]:.4g}" for n in names)] for r in rows])
 
 
 if __name__ == "__main__":
