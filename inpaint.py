@@ -784,7 +784,7 @@ ONLY_AFTER_TRAINING = {
 }
 ONLY_AFTER_TRAINING |= {"temperature", "choice_temperature", "stop_after", "test_images", "score_seeds", "schedules"}
 ONLY_AFTER_TRAINING |= {"weights", "evidence"}
-DEFAULTS = {"dim": 192, "heads": 6, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 1500}
+DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 3000}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
 REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
