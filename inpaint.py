@@ -150,15 +150,14 @@ def cartoon_cat(rng, size=64):
     canvas = Image.new("RGB", (256, 256))
     draw = ImageDraw.Draw(canvas)
     draw_wall(draw, rng)
-    x, y = 128 + rng.normal(0, 9, 2) + (0, 8)
+    x, y = 128 + rng.normal(0, 8, 2) + (0, 8)
     width, height = rng.uniform(70, 92), rng.uniform(60, 78)
     fur, second = (np.array(FUR[i]) for i in rng.choice(len(FUR), 2, replace=False))
-    fur = fur + rng.normal(0, 8, 3)
     dark, light = colour(fur * 0.72), colour(fur * 0.4 + np.array([255, 250, 240]) * 0.6)
     pattern = rng.choice(["plain", "tabby", "mask", "patch", "siamese"])
     ellipse(draw, x, y + 130, width * 1.05, 80, colour(fur * 0.9))  # the body
 
-    ear, lean = rng.uniform(46, 66), rng.uniform(0.55, 0.8)
+    ear, lean = rng.uniform(46, 66), rng.choice((0.55, 0.8))
     for side in (-1, 1):
         tip = (x + side * width * (lean + 0.22), y - height * 0.55 - ear)
         base = [(x + side * width * 0.96, y - height * 0.15), (x + side * width * 0.22, y - height * 0.85)]
@@ -180,16 +179,15 @@ def ellipse(draw, x, y, width, height, fill):
 
 
 def draw_wall(draw, rng):
-    """A background: two shades, perhaps with stripes, perhaps with a floor."""
-    wall = np.array(WALLS[rng.integers(len(WALLS))]) + rng.normal(0, 8, 3)
-    for y in range(256):
-        draw.line([(0, y), (256, y)], fill=colour(wall * (1.08 - 0.2 * y / 256)))
+    """A background: a wall, perhaps with stripes, perhaps with a floor."""
+    wall = np.array(WALLS[rng.integers(len(WALLS))])
+    draw.rectangle([0, 0, 256, 256], fill=colour(wall))
     if rng.random() < 0.4:
         step = rng.integers(28, 52)
         for x in range(-step, 256, step):
             draw.rectangle([x, 0, x + step // 2, 256], fill=colour(wall * 0.9))
     if rng.random() < 0.5:
-        draw.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * rng.uniform(0.55, 0.8)))
+        draw.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
 
 
 def draw_pattern(draw, pattern, x, y, width, height, dark, second, light):
@@ -214,8 +212,8 @@ def draw_pattern(draw, pattern, x, y, width, height, dark, second, light):
 
 
 def draw_face(draw, rng, x, y, width, height, muzzle):
-    apart, level, radius = width * rng.uniform(0.4, 0.5), y - height * rng.uniform(0.02, 0.15), rng.uniform(17, 24)
-    iris, slit = EYES[rng.integers(len(EYES))], rng.uniform(0.25, 0.8)
+    apart, level, radius = width * rng.uniform(0.42, 0.48), y - height * rng.uniform(0.05, 0.1), rng.uniform(18, 22)
+    iris, slit = EYES[rng.integers(len(EYES))], rng.choice((0.3, 0.8))
     closed = rng.random() < 0.1
     for side in (-1, 1):
         centre = x + side * apart
@@ -226,7 +224,7 @@ def draw_face(draw, rng, x, y, width, height, muzzle):
         ellipse(draw, centre, level, radius, radius - 2, iris)
         ellipse(draw, centre, level, radius * slit * 0.7, radius * 0.85, (15, 12, 12))
         ellipse(draw, centre - radius * 0.3, level - radius * 0.35, 5, 5, (255, 255, 255))
-    nose = y + height * rng.uniform(0.28, 0.36)
+    nose = y + height * 0.32
     for side in (-1, 1):
         ellipse(draw, x + side * width * 0.2, nose + 18, width * 0.26, height * 0.22, muzzle)
     pink = (225, 130, 140) if rng.random() < 0.7 else (70, 50, 50)
@@ -234,7 +232,7 @@ def draw_face(draw, rng, x, y, width, height, muzzle):
     for side in (-1, 1):
         left = x - 20 if side < 0 else x
         draw.arc([left, nose + 2, left + 20, nose + 22], 10, 170, (50, 35, 35), 4)
-        for tilt in rng.normal((-10, 0, 10), 3):
+        for tilt in (-10, 0, 10):
             start = (x + side * width * 0.38, nose + 14 + tilt / 2)
             draw.line([start, (x + side * width * 1.15, nose + 10 + tilt * 1.8)], (250, 250, 250), 3)
 
@@ -340,14 +338,46 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None):
             grid_coords(*codes.shape[1:]).to(device),
             generator=torch.Generator(device).manual_seed(seed),
             trace=trace,
-            **options | {"evidence": evidence},
+            **{name: value for name, value in options.items() if name != "blend"} | {"evidence": evidence},
         )
     return filled.view_as(codes).cpu().numpy()
 
 
-def to_pixels(tokenizer, codes):
-    """Codes (B, h, w) -> uint8 (B, S, S, 3)."""
-    return (tokenizer.decode(codes) * 255).round().clip(0, 255).astype(np.uint8)
+def to_uint8(pixels):
+    return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def to_pictures(tokenizer, codes, images, holes, blend):
+    """Codes (B, h, w) in the holes of images (B, S, S, 3): uint8. `blend` shifts them to join what is visible.
+
+    What is visible shows by how much the decoded picture is off there; into the hole this error is continued as a
+    membrane (Pérez et al., Poisson image editing, 2003).
+    """
+    decoded = tokenizer.decode(codes)
+    if blend:
+        decoded = decoded + membrane(images / np.float32(255) - decoded, holes)
+    return paste(images, holes, to_uint8(decoded))
+
+
+def membrane(values, holes, sweeps=16):
+    """Values (B, H, W, C), where those in the holes (B, H, W) become a membrane stretched over the others.
+
+    Each hidden value is then the mean of its four neighbours, up to what `sweeps` at each size leave; where all is
+    hidden it is 0.
+    """
+    b, height, width, channels = values.shape
+    hidden = holes[..., None]
+    values = np.where(hidden, 0, values)
+    if holes.any() and height % 2 == width % 2 == 0:  # start from the membrane of half the size
+        quads = (b, height // 2, 2, width // 2, 2, channels)
+        known = (~hidden).repeat(channels, axis=-1).reshape(quads).sum(axis=(2, 4))
+        coarse = membrane(values.reshape(quads).sum(axis=(2, 4)) / known.clip(min=1), known[..., 0] == 0)
+        values = np.where(hidden, coarse.repeat(2, axis=1).repeat(2, axis=2), values)
+    for _ in range(sweeps):
+        padded = np.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        mean = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+        values = np.where(hidden, mean / 4, values)
+    return values
 
 
 def paste(images, holes, filled):
@@ -359,9 +389,9 @@ def fill_in_batches(checkpoint, images, holes, options, seed=0, at_once=64):
     """Images (B, S, S, 3) with their holes filled, uint8."""
     parts = []
     for start in range(0, len(images), at_once):
-        rows = slice(start, start + at_once)
-        codes = fill(checkpoint, images[rows], holes[rows], options, step_seed(seed, start))
-        parts.append(paste(images[rows], holes[rows], to_pixels(checkpoint["tokenizer"], codes)))
+        part = images[start : start + at_once], holes[start : start + at_once]
+        codes = fill(checkpoint, *part, options, step_seed(seed, start))
+        parts.append(to_pictures(checkpoint["tokenizer"], codes, *part, options["blend"]))
     return np.concatenate(parts)
 
 
@@ -523,9 +553,10 @@ def score(checkpoint, split, settings):
             | inception.scores(test.images, filled)
         )
 
-    truth = to_pixels(checkpoint["tokenizer"], test.codes.numpy())
     rows = [scored("mean colour", mean_colour(test.images, test.holes))]
-    rows.append(scored("true tokens", paste(test.images, test.holes, truth)))
+    for name, blend in (("true tokens", settings.blend), ("true tokens, as decoded", False)):
+        truth = to_pictures(checkpoint["tokenizer"], test.codes.numpy(), test.images, test.holes, blend)
+        rows.append(scored(name, truth))
     for name, options in ways_to_fill(settings):
         for seed in range(settings.score_seeds if options["sample"] == "categorical" else 1):
             start = time.perf_counter()
@@ -553,7 +584,7 @@ def score(checkpoint, split, settings):
 
 def options_of(settings):
     """decode's arguments as set on the command line."""
-    names = ("schedule", "order", "sample", "temperature", "choice_temperature", "stop_after", "evidence")
+    names = ("schedule", "order", "sample", "temperature", "choice_temperature", "stop_after", "evidence", "blend")
     return {name: getattr(settings, name) for name in names} | {"steps": settings.decode_steps}
 
 
@@ -561,8 +592,9 @@ def ways_to_fill(settings):
     """[(name, options of fill)]: as set, by other orders, and as the reports do by schedule and number of steps."""
     chosen = options_of(settings)
     reports = {"order": "confidence", "sample": "categorical", "temperature": 1.0, "choice_temperature": 4.5}
-    reports |= {"stop_after": None, "evidence": False}
-    ways = [("as set", chosen), ("as set, no evidence", chosen | {"evidence": False})]
+    reports |= {"stop_after": None, "evidence": False, "blend": False}
+    ways = [("as set", chosen), ("as set, not blended", chosen | {"blend": False})]
+    ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
     ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
     ways += [(f"order {order}", chosen | {"order": order}) for order in ORDERS if order != chosen["order"]]
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
@@ -607,22 +639,23 @@ def draw_pictures(checkpoint, split, history, settings):
     columns = np.stack([grey, *filled, images], axis=1)  # (8, 5, S, S, 3)
     titles = ["hole", "filled", "another", "another", "truth"]
     sheet(columns, settings, titles).save(out / "samples.png")
-    pixels = to_pixels(tokenizer, test.codes.numpy())
-    columns = np.stack([images, pixels, paste(images, holes, pixels)], axis=1)
+    codes = test.codes.numpy()
+    pixels = to_uint8(tokenizer.decode(codes))
+    columns = np.stack([images, pixels, to_pictures(tokenizer, codes, images, holes, settings.blend)], axis=1)
     sheet(columns, settings, ["truth", "tokens", "in the hole"]).save(out / "reconstruction.png")
 
     rows, frames = [], []
     for schedule in ("linear", "cosine", "square"):
         trace, options = [], options_of(settings) | {"schedule": schedule, "steps": 8, "order": "confidence"}
         fill(checkpoint, images[:1], holes[:1], options, trace=trace)
-        shown = [trace_pictures(tokenizer, images[:1], holes[:1], *step) for step in trace]
+        shown = [trace_pictures(tokenizer, images[:1], holes[:1], *step, settings.blend) for step in trace]
         shown += shown[-1:] * (8 - len(shown))  # a small hole is filled in fewer steps
         rows += [[step[0][0] for step in shown], [step[1][0] for step in shown]]
     sheet(np.array(rows), settings, [f"step {t}" for t in range(1, len(rows[0]) + 1)]).save(out / "steps.png")
     trace = []
     fill(checkpoint, images, holes, options_of(settings), trace=trace)
     for step in [None, *trace]:
-        shown = grey if step is None else trace_pictures(tokenizer, images, holes, *step)[1]
+        shown = grey if step is None else trace_pictures(tokenizer, images, holes, *step, settings.blend)[1]
         frames.append(image_grid(shown / 255, 4, scale=scale_of(settings)))
     save_gif(out / "decode.gif", frames)
     steps = [row["step"] for row in history]
@@ -649,13 +682,13 @@ def scale_of(settings):
     return max(1, 128 // settings.size)
 
 
-def trace_pictures(tokenizer, images, holes, codes, hidden):
+def trace_pictures(tokenizer, images, holes, codes, hidden, blend):
     """After one step of decode: the hidden tokens in white, and the picture with what is still hidden in grey."""
     b, size, patch = len(images), images.shape[1], tokenizer.patch
     grid = (b, size // patch, size // patch)
     masks = hidden.cpu().numpy().reshape(grid).repeat(patch, axis=1).repeat(patch, axis=2)
     codes = codes.masked_fill(hidden, 0).cpu().numpy().reshape(grid)
-    pictures = paste(images, holes, to_pixels(tokenizer, codes))
+    pictures = paste(images, holes, to_pictures(tokenizer, codes, images, holes | masks, blend))
     pictures = paste(pictures, holes & masks, np.uint8(GREY))
     return (masks[..., None] * np.uint8(255)).repeat(3, axis=-1), pictures
 
@@ -763,8 +796,12 @@ def fill_originals(checkpoint, originals, settings, draw):
     size = checkpoint["config"]["size"]
     images, holes = (np.stack(part) for part in zip(*(to_model_size(*pair, size) for pair in originals), strict=True))
     codes = fill(checkpoint, images, holes, options_of(settings), step_seed(settings.seed, *draw))
+    if settings.whole:
+        filled = to_uint8(checkpoint["tokenizer"].decode(codes))
+    else:
+        filled = to_pictures(checkpoint["tokenizer"], codes, images, holes, settings.blend)
     results = []
-    for (image, hole), pixels in zip(originals, to_pixels(checkpoint["tokenizer"], codes), strict=True):
+    for (image, hole), pixels in zip(originals, filled, strict=True):
         pixels = np.asarray(Image.fromarray(pixels).resize(image.shape[1::-1], Image.Resampling.BICUBIC))
         results.append(pixels if settings.whole else paste(image, hole, pixels))
     return results
@@ -786,7 +823,7 @@ ONLY_AFTER_TRAINING = {
     "sample",
 }
 ONLY_AFTER_TRAINING |= {"temperature", "choice_temperature", "stop_after", "test_images", "score_seeds", "schedules"}
-ONLY_AFTER_TRAINING |= {"weights", "evidence"}
+ONLY_AFTER_TRAINING |= {"weights", "evidence", "blend"}
 DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 3000}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
@@ -827,6 +864,7 @@ def parse_arguments():
         default=True,
         help="use the visible pixels of tokens that are partly in a hole",
     )
+    add("--blend", action=argparse.BooleanOptionalAction, default=True, help="shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add = parser.add_argument_group("scores").add_argument
     add("--test-images", type=at_least(8), default=48, help="default %(default)s")

@@ -26,8 +26,10 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +43,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------
 # Tokens
@@ -548,21 +555,23 @@ def decode(
             rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished yet
             if len(rows) == 0:
                 break
-            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows]).float()  # (b, T, K)
-            logits = logits if evidence is None else logits + evidence[rows]
-            log_probs = (logits / temperature).log_softmax(dim=-1)
-            likeliest = log_probs.argmax(dim=-1)  # (b, T)
+            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])  # (b, T, K)
+            asked = hidden[rows]
+            logits = logits[asked].float() if evidence is None else logits[asked].float() + evidence[rows][asked]
+            log_probs = (logits / temperature).log_softmax(dim=-1)  # (n, K) of the n hidden tokens
+            likeliest = log_probs.argmax(dim=-1)
             values = likeliest if sample == "argmax" else draw(log_probs, generator)
             if order == "halton":
-                priority = halton[rows]
+                priority = halton[rows][asked]
             else:
                 noise = choice_temperature * (1 - step / steps)
                 priority = commit_priority(order, log_probs, values, certain, confidence, noise, generator)
+            values = torch.where(priority.isinf(), likeliest, values)
 
             scheduled = torch.floor(gamma(step / steps) * at_start[rows].double()).long()
-            stays = stay_hidden(hidden[rows], priority, scheduled if step < last_step else torch.zeros_like(scheduled))
-            values = torch.where(priority.isinf(), likeliest, values)
-            tokens[rows] = torch.where(hidden[rows] & ~stays, values, tokens[rows])
+            scheduled = scheduled if step < last_step else torch.zeros_like(scheduled)
+            stays = stay_hidden(asked, priority, scheduled)
+            tokens[rows] = tokens[rows].masked_scatter(asked, values).masked_fill(stays, model.mask_id)
             hidden[rows] = stays
             if trace is not None:
                 trace.append((tokens.clone(), hidden.clone()))
@@ -570,7 +579,7 @@ def decode(
 
 
 def commit_priority(order, log_probs, values, certain, confidence, noise, generator):
-    """(b, T): the hidden tokens of highest priority are committed first; all infinite ones at once."""
+    """(n,): the hidden tokens of highest priority are committed first; all infinite ones at once."""
     if order == "entropy":
         entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
         return entropy.masked_fill(entropy < certain, math.inf)
@@ -582,17 +591,19 @@ def commit_priority(order, log_probs, values, certain, confidence, noise, genera
 
 
 def stay_hidden(hidden, priority, scheduled):
-    """Which hidden tokens (b, T) are left: the `scheduled` (b,) ones of lowest priority, or fewer, since besides
-    those of infinite priority at least one is committed."""
-    open_tokens = hidden & ~priority.isinf()
-    left = scheduled.minimum(open_tokens.sum(dim=1) - 1).clamp(min=0)
-    rank = priority.masked_fill(~hidden, math.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    return hidden & (rank < left[:, None])
+    """Which of the n hidden tokens (b, T) are left: the `scheduled` (b,) ones of lowest priority (n,), or fewer, since
+    besides those of infinite priority at least one is committed."""
+    priority = torch.full_like(hidden, math.inf, dtype=priority.dtype).masked_scatter(hidden, priority)  # (b, T)
+    left = scheduled.minimum(priority.isfinite().sum(dim=1) - 1).clamp(min=0)
+    rank = priority.argsort(dim=1, stable=True).argsort(dim=1)
+    return rank < left[:, None]
 
 
 def draw(log_probs, generator):
-    """One code per token, drawn from (b, T, K) log-probabilities: (b, T)."""
-    return (log_probs + gumbel_like(log_probs, generator)).argmax(dim=-1)
+    """One code per token, drawn from log-probabilities (n, K): (n,)."""
+    cumulative = log_probs.exp().cumsum(dim=-1)
+    uniform = torch.rand(len(log_probs), 1, generator=generator, device=log_probs.device)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
 
 
 def check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after):
@@ -615,7 +626,7 @@ def check_decode_arguments(model, tokens, mask, steps, order, sample, temperatur
 
 
 def gumbel_like(x, generator):
-    """Standard Gumbel noise of x's shape; the argmax of log-probabilities plus noise is a draw from them."""
+    """Standard Gumbel noise of x's shape."""
     return -torch.empty_like(x).exponential_(generator=generator).log()
 
 
@@ -736,7 +747,7 @@ def run_as_script(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; if training had begun, --resume goes on", file=sys.stderr)
         sys.exit(130)
 
 
@@ -967,29 +978,42 @@ class TrainingState:
 
 
 class TrainingLog:
-    """Where a run reports: a progress line on stderr, log.csv and, if asked for, TensorBoard."""
+    """Where a run reports and what it leaves in its folder `out`, if it has one: a progress line on stderr, log.csv,
+    model.pt and, if asked for, TensorBoard. `belongings` are saved with the model."""
 
-    def __init__(self, out, first_step, steps, tensorboard):
-        self.path = out and out / "log.csv"
-        self.first_step, self.steps = first_step, steps
-        self.started = self.printed = time.monotonic()
+    def __init__(self, out, first_step, steps, validate, belongings, tensorboard):
+        self.out, self.first_step, self.steps = out, first_step, steps
+        self.validate, self.belongings = validate, belongings
+        self.started = self.printed = self.saved = time.monotonic()
         self.opened = False
         self.board = tensorboard_writer(out) if tensorboard else None
 
-    def write(self, history):
-        """Add the last row of history; at first all rows, those of the checkpoint that was resumed."""
-        rows = history[-1:] if self.opened else history
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a" if self.opened else "w", newline="") as file:
+    def log(self, state, gradient_norm):
+        """Validate, and add a row to log.csv; at first all rows, those of the checkpoint that was resumed."""
+        state.log(gradient_norm, self.validate)
+        rows = state.history[-1:] if self.opened else state.history
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with open(self.out / "log.csv", "a" if self.opened else "w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 if not self.opened:
                     writer.writeheader()
                 writer.writerows(rows)
         if self.board:
-            for name, value in history[-1].items():
-                self.board.add_scalar(name, value, history[-1]["step"])
+            for name, value in rows[-1].items():
+                self.board.add_scalar(name, value, state.step)
         self.opened = True
+
+    def save(self, state):
+        if self.out:
+            training = state.state_dict()
+            save_checkpoint(
+                self.out / "model.pt", state.result(), step=state.step, training=training, **self.belongings
+            )
+        self.saved = time.monotonic()
+
+    def minutes_since_save(self):
+        return (time.monotonic() - self.saved) / 60
 
     def print_progress(self, state):
         """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
@@ -1056,51 +1080,52 @@ def train(
     log.csv, with a row every log_steps steps to which validate(model) -> dict of floats may add columns; with
     best_by, the name of one of them, the result is the model of the row where it was the lowest.
     resume goes on from out/model.pt; config, plain values that are saved, must not have changed then.
+    Ctrl-C finishes the step and saves; two runs at once with the same out are refused.
 
     Returns the rows of log.csv; the model then holds the result. Raises ValueError when the loss is no
     longer finite; the last checkpoint stays as it was.
     """
     device = next(model.parameters()).device
     rank, world = process_rank()
-    path = Path(out) / "model.pt" if out else None
+    out = out and Path(out)
     state = TrainingState(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema, best_by)
     if resume:
-        resume_training(state, path, config, device)
-    log = TrainingLog(path and path.parent, state.step, steps, tensorboard) if rank == 0 else None
+        resume_training(state, out / "model.pt", config, device)
+    belongings = dict(tokenizer=tokenizer, config=config)
+    log = TrainingLog(out, state.step, steps, validate, belongings, tensorboard) if rank == 0 else None
     network = torch.compile(model) if compile else model
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
-    started, saved = time.monotonic() - state.seconds, time.monotonic()
+    started = time.monotonic() - state.seconds
     model.train()
-    while state.step < steps:
-        torch.manual_seed(step_seed(seed, state.step, rank))  # dropout, too, depends on the step alone
-        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
-        inputs = tokens.masked_fill(mask, model.mask_id)
-        counted = torch.ones_like(mask) if every_position else mask
-        targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
-        with precision_context(device, precision):
-            loss = backward(network, inputs, coords, targets, counted, label_smoothing, accumulate)
-        gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
-        state.seconds = time.monotonic() - started
-
-        last = state.step == steps
-        if log:
-            log.print_progress(state)
-        logs = last or state.step % log_steps == 0
-        saves = last or time.monotonic() - saved > 60 * checkpoint_minutes
-        saves |= checkpoint_steps is not None and state.step % checkpoint_steps == 0
-        if logs or saves:
-            state.require_finite(gradient_norm)
-        if log and logs:
-            state.log(gradient_norm, validate)
-            log.write(state.history)
-        if log and path and saves:
-            contents = dict(tokenizer=tokenizer, config=config, step=state.step, training=state.state_dict())
-            save_checkpoint(path, state.result(), **contents)
-            saved = time.monotonic()
+    with only_writer(out if log else None), delayed_interrupt() as interrupted:
+        while state.step < steps and not interrupted.is_set():
+            torch.manual_seed(step_seed(seed, state.step, rank))  # dropout, too, depends on the step alone
+            tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
+            inputs = tokens.masked_fill(mask, model.mask_id)
+            counted = torch.ones_like(mask) if every_position else mask
+            targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
+            with precision_context(device, precision):
+                loss = backward(network, inputs, coords, targets, counted, label_smoothing, accumulate)
+            gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
+            state.seconds = time.monotonic() - started
+            if log:
+                log.print_progress(state)
+                stops = state.step == steps or interrupted.is_set()
+                logs = state.step == steps or state.step % log_steps == 0
+                saves = checkpoint_steps is not None and state.step % checkpoint_steps == 0
+                saves |= stops or log.minutes_since_save() > checkpoint_minutes
+                if logs or saves:
+                    state.require_finite(gradient_norm)
+                if logs:
+                    log.log(state, gradient_norm)
+                if saves:
+                    log.save(state)
+    if interrupted.is_set():
+        raise KeyboardInterrupt
     if world > 1:
         # Gloo's threads need the interpreter's lock once more after the last exchange, and destroying the group
         # waits for them with that lock held: without a pause both may wait for ever.
@@ -1110,6 +1135,42 @@ def train(
     model.load_state_dict(state.result().state_dict())
     model.eval()
     return state.history
+
+
+@contextlib.contextmanager
+def only_writer(folder):
+    """ValueError if another run is inside the block with the same folder; None is nobody's."""
+    if folder is None or fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by the system however the process ends
+        except BlockingIOError:
+            raise ValueError(f"another run is writing to {folder}; --out renames") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def delayed_interrupt():
+    """Ctrl-C inside the block sets the event that it gives, so that a step can be finished; a second one interrupts."""
+    event, before = threading.Event(), signal.getsignal(signal.SIGINT)
+
+    def remember(*_):
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is threading.main_thread():  # only there may signals be handled
+        signal.signal(signal.SIGINT, remember)
+    try:
+        yield event
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 # What a resumed run may do differently; everything else would change its weights.

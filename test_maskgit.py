@@ -607,6 +607,16 @@ def test_entropy_commits_the_certain_and_the_most_uncertain():
     assert committed_first("entropy", probabilities, certain=0.0) == [[0], [2], [4], [1], [3]]
 
 
+def test_draws_follow_the_probabilities():
+    """Frequencies of 40,000 draws within five standard errors; what has no probability is never drawn."""
+    probabilities = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    rows = probabilities.log().repeat(40_000, 1)
+    found = maskgit.draw(rows, torch.Generator().manual_seed(0)).view(-1, 2)
+    share = torch.stack([(found == k).float().mean(dim=0) for k in range(6)], dim=1)
+    error = (probabilities * (1 - probabilities) / 40_000).sqrt()
+    assert bool(((share - probabilities).abs() <= 5 * error).all())
+
+
 def test_entropy_draws_the_uncertain_but_not_the_certain():
     model = FixedMarginals([[0.995, 0.005], [0.6, 0.4]])
     hidden = torch.ones(20000, 2, dtype=torch.bool)
@@ -830,6 +840,46 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
     with open(tmp_path / "log.csv") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [6, 12, 18, 20]
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+    """A real signal in the middle of step 7; the resumed run ends as the undisturbed one does. A second one is at
+    once. Afterwards Ctrl-C is what it was."""
+
+    def signalled(times):
+        def batch(step):
+            for _ in range(times if step == 6 else 0):
+                signal.raise_signal(signal.SIGINT)
+            return striped_batch(step)
+
+        return batch
+
+    before, arguments = signal.getsignal(signal.SIGINT), {"steps": 10, "lr": 0.01, "out": tmp_path / "run"}
+    undisturbed, resumed = tiny_model(codes=2, dropout=0.1), tiny_model(codes=2, dropout=0.1)
+    train(undisturbed, striped_batch, steps=10, lr=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, signalled(2), **arguments)
+    assert not (tmp_path / "run" / "model.pt").exists()
+    resumed = tiny_model(codes=2, dropout=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, signalled(1), **arguments)
+    assert load_checkpoint(tmp_path / "run" / "model.pt")["step"] == 7
+    train(resumed, striped_batch, resume=True, **arguments)
+    assert torch.equal(weights(resumed), weights(undisturbed))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.skipif(maskgit.fcntl is None, reason="folders are not locked on this system")
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    def begins_another(step):
+        if step == 1:
+            with pytest.raises(ValueError, match="another run is writing"):
+                train(tiny_model(codes=2), striped_batch, steps=2, out=tmp_path)
+        return striped_batch(step)
+
+    train(tiny_model(codes=2), begins_another, steps=3, out=tmp_path)
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 3
+    train(tiny_model(codes=2), striped_batch, steps=2, out=tmp_path)  # free again
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.5])
@@ -1713,6 +1763,37 @@ def test_evidence_of_the_visible_pixels_by_loops():
         np.testing.assert_allclose(found[b] - found[b][:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-4)
 
 
+def test_a_membrane_solves_laplaces_equation():
+    """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
+    rng = np.random.default_rng(0)
+    values, holes = rng.normal(size=(3, 12, 8, 2)), rng.random((3, 12, 8)) < 0.6
+    holes[2] = True
+    found = inpaint.membrane(values, holes, sweeps=400)
+    assert (found[~holes] == values[~holes]).all() and (found[2] == 0).all()
+    for b in range(2):
+        matrix, known = np.eye(96), np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
+        for y, x in zip(*holes[b].nonzero(), strict=True):
+            for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                neighbour = min(max(y + dy, 0), 11) * 8 + min(max(x + dx, 0), 7)
+                matrix[y * 8 + x, neighbour] -= 1 / 4
+        np.testing.assert_allclose(found[b].reshape(96, 2), np.linalg.solve(matrix, known), atol=1e-6)
+    few = inpaint.membrane(values, holes)
+    assert np.abs(few - found)[:2].max() < 0.1 * np.abs(values).max()
+
+
+def test_what_is_filled_in_is_shifted_to_join_its_rim():
+    """Pictures that are brighter than their tokens by 40, 20 and 10: the shift is known from what is visible."""
+    rng = np.random.default_rng(0)
+    tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32) / 2, 4)
+    codes, holes = rng.integers(5, size=(2, 4, 4)), rng.random((2, 16, 16)) < 0.4
+    decoded = np.round(tokenizer.decode(codes) * 255)
+    images = (decoded + [40, 20, 10]).astype(np.uint8)
+    filled = inpaint.to_pictures(tokenizer, codes, np.where(holes[..., None], 0, images), holes, blend=True)
+    assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
+    plain = inpaint.to_pictures(tokenizer, codes, images, holes, blend=False)
+    assert (plain[holes] == decoded[holes]).all() and (plain[~holes] == images[~holes]).all()
+
+
 def test_a_token_with_any_hole_pixel_is_hidden():
     holes = np.random.default_rng(0).random((6, 12, 8)) < 0.05
     found = inpaint.hidden_tokens(holes, 4)
@@ -1982,7 +2063,7 @@ def test_trace_of_a_schedule(inpaint_run, schedule):
     gamma = {"linear": lambda r: 1 - r, "cosine": lambda r: math.cos(math.pi * r / 2), "square": lambda r: 1 - r * r}
     for t, (codes, hidden) in enumerate(trace, start=1):
         expected = min(math.floor(gamma[schedule](t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
-        masks, pictures = inpaint.trace_pictures(checkpoint["tokenizer"], images, holes, codes, hidden)
+        masks, pictures = inpaint.trace_pictures(checkpoint["tokenizer"], images, holes, codes, hidden, blend=False)
         assert int(hidden.sum()) == expected == (masks[0, ::4, ::4, 0] == 255).sum()
         assert (pictures[0][masks[0, ..., 0] == 255] == 128).all()
 

@@ -1,0 +1,194 @@
+"""maskgit.py beside a plain implementation of what R1 and R2 describe, at their size: 256 tokens, 768 wide, 15 blocks.
+
+    python benchmarks/speed.py --json results/speed.json
+
+The plain one has separate q, k and v, an explicit softmax, float32, no dropout, and a logit for [MASK] too, and is
+scored on every position. All variants of a table take turns in one process; medians are shown. Besides: images filled
+one at a time, as the reports do, and 64 at once; patches encoded; and how long the scripts take to say --help.
+"""
+
+import functools
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from maskgit import (
+    CommandLine,
+    MaskGIT,
+    PatchTokenizer,
+    at_least,
+    decode,
+    fast_precision,
+    grid_coords,
+    masked_cross_entropy,
+    pick_device,
+    precision_context,
+    print_table,
+    run_as_script,
+    run_record,
+    training_mask,
+    write_figures,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDE, CODES, LAYERS, HEADS, DIM, HIDDEN = 16, 1024, 15, 16, 768, 1536  # R1 and R2's
+
+
+class PlainAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, HEADS, DIM // HEADS).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-2, -1) / (DIM // HEADS) ** 0.5, dim=-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, t, DIM))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2, self.attention = nn.LayerNorm(DIM), nn.LayerNorm(DIM), PlainAttention()
+        self.mlp = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, DIM))
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(CODES + 1, DIM)
+        self.positions = nn.Parameter(torch.randn(SIDE * SIDE, DIM) * 0.02)
+        self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, CODES + 1)
+
+    def forward(self, tokens, coords):
+        return self.head(self.norm(self.blocks(self.embedding(tokens) + self.positions)))
+
+
+def train_step(model, optimizer, tokens, mask, coords, precision):
+    inputs = tokens.masked_fill(mask, CODES)
+    with precision_context(tokens.device, precision):
+        logits = model(inputs, coords)
+    if isinstance(model, Plain):
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    else:
+        loss = masked_cross_entropy(logits.float(), tokens, mask)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@torch.no_grad()
+def forward_pass(model, optimizer, tokens, mask, coords, precision):
+    with precision_context(tokens.device, precision):
+        model(tokens.masked_fill(mask, CODES), coords)
+
+
+def seconds_of(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def by_turns(functions, rounds, device):
+    """Median seconds of each function, which take turns; a first round is not counted."""
+    taken = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        for name, function in functions.items():
+            taken[name].append(seconds_of(function, device))
+    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+
+
+def matrix_rate(device):
+    """Multiplications and additions per second in a product of 2,048 x 2,048 matrices, by precision."""
+    rates = {}
+    for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = torch.randn(2, 2048, 2048, device=device, dtype=kind)
+        rates[name] = 2 * 2048**3 / by_turns({name: lambda a=a, b=b: a @ b}, 9, device)[name]
+    return rates
+
+
+STARTS = {f"{script} --help": [f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles")}
+STARTS |= {f"{script} --help": [f"{script}.py", "--help"] for script in ("inpaint", "fid")}
+STARTS["import torch alone"] = ["-c", "import torch"]
+
+
+def start_up(arguments):
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+
+
+def main():
+    parser = CommandLine(__doc__)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--batch-size", type=at_least(1), default=10, help="R1 and R2's: 10")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    settings = parser.parse_args()
+    settings.record, device = run_record(), pick_device(settings.device)
+    torch.manual_seed(0)
+    coords = grid_coords(SIDE, SIDE).to(device)
+    tokens = torch.randint(CODES, (settings.batch_size, SIDE * SIDE), device=device)
+    mask = training_mask(tokens.shape, "cosine").to(device)
+    ours = MaskGIT(CODES, DIM, HEADS, LAYERS, HIDDEN, dropout=0.0, head="linear").to(device)
+    models = {"plain, float32": (Plain().to(device), "float32"), "maskgit.py, float32": (ours, "float32")}
+    if fast_precision(device) == "bf16":
+        models["maskgit.py, bf16"] = (ours, "bf16")
+    optimizers = {model: torch.optim.Adam(model.parameters(), lr=1e-4, fused=True) for model, _ in models.values()}
+    figures = {"matrix_rate": matrix_rate(device)}
+    for work in (train_step, forward_pass):
+        figures[work.__name__] = by_turns(
+            {
+                name: functools.partial(work, model, optimizers[model], tokens, mask, coords, precision)
+                for name, (model, precision) in models.items()
+            },
+            settings.rounds,
+            device,
+        )
+    # A multiplication and an addition for each weight and token, and twice that again for the gradients.
+    weights = sum(p.numel() for p in ours.parameters() if p.ndim == 2) - ours.embedding.weight.numel()
+    attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
+    work = 6 * (weights + attention) * tokens.numel()
+    figures["share_of_matrix_rate"] = {
+        name: work / seconds / figures["matrix_rate"][models[name][1]]
+        for name, seconds in figures["train_step"].items()
+    }
+
+    many = tokens[:1].expand(64, -1)
+    hidden = training_mask(many.shape, "0.4").to(device)
+
+    def decode_all(at_once):
+        with precision_context(device, fast_precision(device)):
+            for rows in torch.arange(64, device=device).split(at_once):
+                decode(ours, many[rows], hidden[rows], coords, steps=8, order="confidence")
+
+    figures["decode_64"] = by_turns({f"{n} at a time": functools.partial(decode_all, n) for n in (1, 64)}, 3, device)
+    images = np.random.default_rng(0).random((1000, 64, 64, 3), dtype=np.float32)
+    tokenizer = PatchTokenizer.fit(images[:100], CODES, 4, max_iter=3)
+    seconds = by_turns({"encode": lambda: tokenizer.encode(images)}, settings.rounds, device)["encode"]
+    figures["encode"] = {"seconds": seconds, "megabytes_per_second": images.size / 1e6 / seconds}
+    figures["help"] = by_turns(
+        {name: functools.partial(start_up, arguments) for name, arguments in STARTS.items()}, settings.rounds, device
+    )
+    write_figures(settings, figures, settings.json)
+    for name, row in figures.items():
+        print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])
+
+
+if __name__ == "__main__":
+    run_as_script(main)
