@@ -559,6 +559,8 @@ def decode(
             asked = hidden[rows]
             logits = logits[asked].float() if evidence is None else logits[asked].float() + evidence[rows][asked]
             log_probs = (logits / temperature).log_softmax(dim=-1)  # (n, K) of the n hidden tokens
+            if bool(log_probs.isnan().any()):
+                raise ValueError("the model's logits are no numbers")
             likeliest = log_probs.argmax(dim=-1)
             values = likeliest if sample == "argmax" else draw(log_probs, generator)
             if order == "halton":
@@ -953,8 +955,9 @@ class TrainingState:
             self.best = copy.deepcopy(self.current())
 
     def require_finite(self, gradient_norm):
-        if not math.isfinite(float(self.loss_sum) + float(gradient_norm)):
-            raise ValueError(f"the loss is no longer finite at step {self.step}; try a lower learning rate")
+        weights = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        if not (weights and math.isfinite(float(self.loss_sum) + float(gradient_norm))):
+            raise ValueError(f"loss or weights are no longer finite at step {self.step}; try a lower learning rate")
 
     def state_dict(self):
         return {

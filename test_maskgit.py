@@ -673,6 +673,7 @@ def test_finished_images_cost_no_more_calls():
         ({"temperature": 0.0}, "argmax"),
         ({"mask": torch.zeros(6, 16)}, "bool"),
         ({"tokens": torch.full((6, 16), 5)}, "codes are 0 .. 4"),
+        ({"evidence": torch.full((6, 16, 5), math.nan)}, "no numbers"),
     ],
 )
 def test_decode_refuses_bad_arguments(wrong, message):
@@ -938,6 +939,9 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
         train(model, poisoned, steps=20, log_steps=2, checkpoint_steps=2, out=tmp_path)
     loaded = load_checkpoint(tmp_path / "model.pt")
     assert loaded["step"] == 4 and weights(loaded["model"]).isfinite().all()
+    with pytest.raises(ValueError, match="no longer finite at step 1;"):  # the loss still was, before the update
+        train(tiny_model(codes=2), striped_batch, steps=1, lr=math.inf, warmup=0, decay="constant", out=tmp_path)
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 4
 
 
 def test_tensorboard_is_optional_and_its_absence_is_named(monkeypatch, tmp_path):

@@ -455,7 +455,7 @@ def run_ablation(settings):
 # and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
 REPORTED = {
     **{"layers": 6, "heads": 8, "dropout": 0.1, "norm": "post", "optimizer": "adamw", "lr": 1e-5, "epochs": 300},
-    **{"warmup": 0, "decay": "constant", "clip": math.inf, "weight_decay": 0.0},
+    **{"warmup": 0, "decay": "constant", "clip": math.inf, "weight_decay": 0.0, "rotary": False},
 }
 PRESETS = {
     "post1": {
@@ -503,7 +503,7 @@ def parse_arguments():
     add("--presentations", type=count, default=1)
     parser.add_model_options()
     parser.add_training_options()
-    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
+    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, rotary=True, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
     if settings.steps is None:
