@@ -19,6 +19,7 @@ import itertools
 import math
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -99,18 +100,27 @@ def load_pictures(folder, size):
 
     What cannot be read is named and left out; what repeats an earlier picture pixel by pixel is counted and left out.
     """
-    pictures, duplicates = {}, 0
-    for file in picture_files(folder):
+    files, hashes, duplicates = picture_files(folder), {}, 0
+    pictures = on_disk((len(files), size, size, 3), np.uint8)
+    for file in files:
         try:
             image = read_picture(file, "RGB")
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
         digest = content_hash(np.asarray(image))
-        duplicates += digest in pictures
-        pictures[digest] = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-    print(f"{folder}: {len(pictures)} distinct pictures, {duplicates} duplicates left out")
-    return np.stack(list(pictures.values())) if pictures else np.empty((0, size, size, 3)), np.array([*pictures])
+        if digest in hashes:
+            duplicates += 1
+            continue
+        pictures[len(hashes)] = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+        hashes[digest] = None
+    print(f"{folder}: {len(hashes)} distinct pictures, {duplicates} duplicates left out")
+    return pictures[: len(hashes)], np.array([*hashes])
+
+
+def on_disk(shape, dtype):
+    """An array in a temporary file (TMPDIR says where), so that memory does not limit it."""
+    return np.memmap(tempfile.TemporaryFile(), dtype, "w+", shape=shape)
 
 
 def content_hash(pixels):
@@ -119,21 +129,32 @@ def content_hash(pixels):
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-class Split(NamedTuple):
-    """Pictures, uint8 (N, size, size, 3)."""
+class Pictures:
+    """Some of the pictures (N, size, size, 3) of an array, uint8; a slice of them is read when it is asked for."""
 
-    training: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, part):
+        return np.asarray(self.images[self.rows[part]])
+
+
+class Split(NamedTuple):
+    training: Pictures
+    validation: Pictures
+    test: Pictures
 
 
 def split_by_content(images, hashes):
     """A Split by the hashes alone, so that adding pictures never moves one from test to training."""
     edges = (0, TRAINING_SHARE, TRAINING_SHARE + VALIDATION_SHARE, 1)
-    parts = [images[(hashes >= low) & (hashes < high)] for low, high in itertools.pairwise(edges)]
-    if min(map(len, parts)) < 2:
+    rows = [np.flatnonzero((hashes >= low) & (hashes < high)) for low, high in itertools.pairwise(edges)]
+    if min(map(len, rows)) < 2:
         raise ValueError(f"{len(images)} distinct pictures are too few for training, validation and test")
-    return Split(*parts)
+    return Split(*(Pictures(images, part) for part in rows))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -408,23 +429,30 @@ def fit_tokenizer(images, settings):
 
 def encode(tokenizer, images):
     """Images (N, S, S, 3) uint8 -> codes (N, h, w)."""
-    parts = [tokenizer.encode(images[i : i + 256] / np.float32(255)) for i in range(0, len(images), 256)]
-    return torch.from_numpy(np.concatenate(parts))
+    return tokenizer.encode(images / np.float32(255))
+
+
+def encode_training(tokenizer, pictures, mirror):
+    """The codes of Pictures, and of their mirror images: (N or 2 N, h, w) in the smallest type that holds them."""
+    views, shape = (1, -1) if mirror else (1,), encode(tokenizer, pictures[:1]).shape[1:]
+    codes = on_disk((len(views) * len(pictures), *shape), np.min_scalar_type(len(tokenizer.centroids) - 1))
+    for i, view in enumerate(views):
+        for start in range(0, len(pictures), 256):
+            part = encode(tokenizer, pictures[start : start + 256][:, :, ::view])
+            codes[i * len(pictures) + start :][: len(part)] = part
+    return codes
 
 
 def train_model(settings, tokenizer, split, device, **options):
     """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
-    training = split.training
-    if settings.mirror:
-        training = np.concatenate([training, training[:, :, ::-1]])
-    codes = encode(tokenizer, training)
-    coords, codes = grid_coords(*codes.shape[1:]).to(device), codes.flatten(1).to(device)
+    codes = encode_training(tokenizer, split.training, settings.mirror)
+    coords, shape = grid_coords(*codes.shape[1:]).to(device), (settings.batch_size, codes[0].size)
 
     def batch(step):
         generator = torch.Generator().manual_seed(step_seed(settings.seed, step))
         rows = torch.randint(len(codes), (settings.batch_size,), generator=generator)
-        mask = training_mask((settings.batch_size, codes.shape[1]), settings.mask, generator)
-        return codes[rows.to(device)], mask.to(device), coords
+        tokens = torch.from_numpy(codes[rows.numpy()].astype(np.int64).reshape(shape))
+        return tokens, training_mask(shape, settings.mask, generator), coords
 
     validation = make_test(split.validation[: settings.validation_images], tokenizer, settings, VALIDATION_SEED)
 
@@ -478,7 +506,7 @@ def make_test(images, tokenizer, settings, seed, kind=None):
     """A Test with holes of the kind that is set, or another."""
     holes = make_holes(kind or settings.hole, len(images), settings.size, seed)
     mask = torch.from_numpy(hidden_tokens(holes, tokenizer.patch)).flatten(1)
-    return Test(images, holes, encode(tokenizer, images), mask)
+    return Test(images, holes, torch.from_numpy(encode(tokenizer, images)), mask)
 
 
 def picture_scores(images, holes, filled):
