@@ -742,7 +742,12 @@ def mask_kind(text):
 
 
 def run_as_script(main):
-    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130.
+
+    Of several processes the first alone writes to the screen.
+    """
+    if process_rank()[0] > 0:
+        sys.stdout = None  # print() then does nothing
     try:
         main()
     except (ValueError, OSError) as error:

@@ -1291,24 +1291,6 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
     assert torch.equal(weights(resumed["model"]), weights(undisturbed["model"]))
 
 
-def test_two_processes_agree_with_one(tmp_path, monkeypatch):
-    """torchrun with gloo, the same global batch: equal loss and weights, one writer."""
-    arguments = [*TINY, "--steps", "12", "--optimizer", "adamw", "--lr", "0.001", "--accumulate", "2"]
-    assert call(monkeypatch, *arguments, "--out", tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [*torchrun, str(HERE / "train_squares.py"), *arguments, "--out", str(tmp_path / "two")]
-    finished = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("cosine masking") == 1
-    one, two = (load_checkpoint(tmp_path / name / "model.pt") for name in ("one", "two"))
-    torch.testing.assert_close(weights(two["model"]), weights(one["model"]), rtol=0, atol=1e-4)
-    logged = []
-    for name in ("one", "two"):
-        with open(tmp_path / name / "log.csv") as file:
-            logged.append([float(row[column]) for row in csv.DictReader(file) for column in ("loss", "gradient_norm")])
-    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
-
-
 def test_completions_and_ablation_on_a_small_scale(tmp_path, monkeypatch, capsys):
     small = [*TINY, "--grid", "4", "--max-side", "3", "--steps", "6", "--out", tmp_path]
     assert call(monkeypatch, *small) == 0
@@ -2109,6 +2091,71 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="too few"):
         call_inpaint(monkeypatch, *TINY_CATS, "--data", images, "--out", out)
     assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Several processes, as torchrun starts them, with gloo
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
+PARALLEL = {
+    "train_squares": [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
+    "train_rectangles": ["--task", "sparse", *SMALL, *ADAMW, "--precision", "float32"],
+    "inpaint": [*TINY_CATS, *ADAMW],
+}
+
+
+@pytest.mark.parametrize("script", PARALLEL)
+def test_two_processes_agree_with_one(script, tmp_path):
+    """On the same global batch: equal loss and weights, one writer."""
+    command = [str(HERE / f"{script}.py"), *PARALLEL[script], "--out"]
+    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 200}
+    one = subprocess.run([sys.executable, *command, str(tmp_path / "one")], **options)
+    two = subprocess.run([*TORCHRUN, *command, str(tmp_path / "two")], **options)
+    assert two.returncode == one.returncode == 0, two.stderr
+    assert two.stdout.count("pictures: ") == one.stdout.count("pictures: ") > 0
+    models = [load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two")]
+    torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=0, atol=1e-4)
+    logged = []
+    for name in ("one", "two"):
+        with open(tmp_path / name / "log.csv") as file:
+            logged.append([float(row[column]) for row in csv.DictReader(file) for column in ("loss", "gradient_norm")])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-3)
+
+
+DIES = """
+import os, sys
+import maskgit, torch
+
+def batch(step):
+    if step == 5 and os.environ.get("RANK") == sys.argv[2]:
+        os._exit(7)
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(2, (8, 16), generator=generator)
+    return tokens, maskgit.training_mask(tokens.shape, "cosine", generator), maskgit.grid_coords(4, 4)
+
+torch.manual_seed(0)
+model = maskgit.MaskGIT(2, 16, 2, 1, dropout=0.0)
+maskgit.train(model, batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[3:] == ["--resume"])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_stops_all_and_one_process_goes_on(rank, tmp_path):
+    """The last checkpoint is whole, and resumed by one process it ends as a run of one does."""
+    (tmp_path / "dies.py").write_text(DIES)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+
+    def run(starter, out, dying, *options):
+        command = [*starter, str(tmp_path / "dies.py"), str(tmp_path / out), str(dying), *options]
+        return subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode
+
+    assert run(TORCHRUN, "two", rank) != 0
+    assert load_checkpoint(tmp_path / "two" / "model.pt")["step"] == 4
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["model.pt"]
+    assert run([sys.executable], "two", "nobody", "--resume") == run([sys.executable], "one", "nobody") == 0
+    models = [load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two")]
+    torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
