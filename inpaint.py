@@ -343,23 +343,25 @@ def pixel_evidence(tokenizer, images, holes):
 def fill(checkpoint, images, holes, options, seed=0, trace=None):
     """Codes (B, h, w) of images (B, S, S, 3) uint8, whose tokens under the holes (B, S, S) are predicted.
 
-    checkpoint is that of load_checkpoint; options and trace go to decode. With options["evidence"] the visible pixels
-    of hidden tokens count as well.
+    checkpoint is that of load_checkpoint; trace and options other than these go to decode: with "evidence" the visible
+    pixels of hidden tokens count as well, "blend" is for to_pictures.
     """
     model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
     device = next(model.parameters()).device
-    codes = torch.from_numpy(tokenizer.encode(images / np.float32(255))).to(device)  # (B, h, w)
+    codes = torch.from_numpy(encode(tokenizer, images)).to(device)  # (B, h, w)
     mask = torch.from_numpy(hidden_tokens(holes, tokenizer.patch)).to(device).flatten(1)
     evidence = pixel_evidence(tokenizer, images, holes).to(device) if options["evidence"] else None
+    decoding = {name: value for name, value in options.items() if name not in ("evidence", "blend")}
     with precision_context(device, fast_precision(device)):
         filled = decode(
             model,
             codes.flatten(1),
             mask,
             grid_coords(*codes.shape[1:]).to(device),
+            evidence=evidence,
             generator=torch.Generator(device).manual_seed(seed),
             trace=trace,
-            **{name: value for name, value in options.items() if name != "blend"} | {"evidence": evidence},
+            **decoding,
         )
     return filled.view_as(codes).cpu().numpy()
 
