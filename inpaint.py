@@ -854,7 +854,7 @@ ONLY_AFTER_TRAINING = {
 }
 ONLY_AFTER_TRAINING |= {"temperature", "choice_temperature", "stop_after", "test_images", "score_seeds", "schedules"}
 ONLY_AFTER_TRAINING |= {"weights", "evidence", "blend"}
-DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 3000}
+DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 3300}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
 REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
@@ -869,7 +869,7 @@ def parse_arguments():
     parser.add_run_options("runs/inpaint")
     add = parser.add_argument_group("pictures").add_argument
     add("--data", help="folder of pictures; default: drawn cartoon cats")
-    add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
+    add("--cartoons", type=count, default=8000, help="number of cats to draw, default %(default)s")
     add("--size", type=count, default=64, help="pixels per side, default %(default)s")
     add("--patch", type=count, default=4, help="pixels per side of a token, default %(default)s")
     add("--codes", type=at_least(2), default=1024, help="of the codebook, default %(default)s")
