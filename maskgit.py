@@ -1106,17 +1106,16 @@ def train(
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
+    objective = dict(every_position=every_position, soft_targets=soft_targets, label_smoothing=label_smoothing)
+    objective |= dict(mask_id=model.mask_id, accumulate=accumulate)
     started = time.monotonic() - state.seconds
     model.train()
     with only_writer(out if log else None), delayed_interrupt() as interrupted:
         while state.step < steps and not interrupted.is_set():
             torch.manual_seed(step_seed(seed, state.step, rank))  # dropout, too, depends on the step alone
             tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
-            inputs = tokens.masked_fill(mask, model.mask_id)
-            counted = torch.ones_like(mask) if every_position else mask
-            targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
             with precision_context(device, precision):
-                loss = backward(network, inputs, coords, targets, counted, label_smoothing, accumulate)
+                loss = backward(network, tokens, mask, coords, **objective)
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
             state.seconds = time.monotonic() - started
@@ -1208,18 +1207,20 @@ def train_as_set(settings, codes, batch, device, *, out=None, may_change=(), **o
     return model, train(model, batch, out=out, config=config, log_steps=max(1, settings.steps // 20), **options)
 
 
-def backward(network, inputs, coords, targets, counted, label_smoothing, accumulate):
+def backward(network, tokens, mask, coords, *, mask_id, accumulate, every_position, soft_targets, label_smoothing):
     """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
 
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole
     batch, so the parts add up to its mean however the hidden tokens are spread over them.
     """
     rank, world = process_rank()
-    if len(inputs) < world * accumulate:
-        raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
-    count = counted.sum()
-    total = torch.zeros((), device=inputs.device)
-    parts = torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)
+    if len(tokens) < world * accumulate:
+        raise ValueError(f"a batch of {len(tokens)} cannot be split over {world} processes x {accumulate} parts")
+    inputs = tokens.masked_fill(mask, mask_id)
+    targets = tokens if soft_targets is None else soft_targets.to(tokens.device)[tokens]
+    counted = torch.ones_like(mask) if every_position else mask
+    count, total = counted.sum(), torch.zeros((), device=tokens.device)
+    parts = torch.arange(rank, len(tokens), world, device=tokens.device).tensor_split(accumulate)
     for i, rows in enumerate(parts):
         # Processes exchange gradients once, after the last part.
         exchange = contextlib.nullcontext() if world == 1 or i == accumulate - 1 else network.no_sync()

@@ -776,7 +776,8 @@ def test_accumulated_parts_add_up_to_the_batchs_mean(accumulate):
     loss.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    total = maskgit.backward(model, inputs, coords, tokens, mask, 0.0, accumulate)
+    plain = {"every_position": False, "soft_targets": None, "label_smoothing": 0.0}
+    total = maskgit.backward(model, tokens, mask, coords, mask_id=2, accumulate=accumulate, **plain)
     assert total.item() == pytest.approx(loss.item(), rel=1e-5)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)

@@ -37,7 +37,7 @@ from maskgit import (
     write_figures,
 )
 
-DIM, HEADS, LAYERS, BATCH, SIDE, CODES = 192, 6, 6, 4, 16, 1024
+DIM, HEADS, LAYERS, BATCH, SIDE, CODES = 192, 6, 6, 1, 16, 1024
 
 
 def transformer(side=SIDE, batch=BATCH, codes=CODES):
