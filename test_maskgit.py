@@ -1942,6 +1942,18 @@ def test_training_sees_mirrored_pictures_in_batches_that_depend_on_the_step_alon
     assert not torch.equal(captured["batch"](4)[1], mask)
 
 
+def test_training_codes_on_disk_are_those_of_both_views():
+    """For more codes than a byte holds, and more pictures than are encoded at once."""
+    rng = np.random.default_rng(0)
+    images, rows = rng.integers(0, 256, (300, 4, 8, 3), dtype=np.uint8), rng.permutation(300)[:280]
+    tokenizer = PatchTokenizer(rng.random((300, 12), dtype=np.float32), 2)
+    pictures = inpaint.Pictures(images, rows)
+    plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images[rows], images[rows][:, :, ::-1]))
+    assert plain.max() > 255
+    assert (inpaint.encode_training(tokenizer, pictures, mirror=False) == plain).all()
+    assert (inpaint.encode_training(tokenizer, pictures, mirror=True) == np.concatenate([plain, flipped])).all()
+
+
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["inpaint.py", "--preset", "report"])
     settings = inpaint.parse_arguments()

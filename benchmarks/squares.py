@@ -26,7 +26,6 @@ VARIANTS = [  # name, target, options of train_squares.py
     ("as it is", 0.01, ["--steps", "370"]),
     ("as it is", 0.005, ["--steps", "580"]),
     ("before rotary attention", 0.01, ["--steps", "600", "--no-rotary"]),
-    ("before rotary attention", 0.005, ["--steps", "1000", "--no-rotary"]),
 ]
 
 
