@@ -869,7 +869,7 @@ def parse_arguments():
     parser.add_run_options("runs/inpaint")
     add = parser.add_argument_group("pictures").add_argument
     add("--data", help="folder of pictures; default: drawn cartoon cats")
-    add("--cartoons", type=count, default=8000, help="number of cats to draw, default %(default)s")
+    add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
     add("--size", type=count, default=64, help="pixels per side, default %(default)s")
     add("--patch", type=count, default=4, help="pixels per side of a token, default %(default)s")
     add("--codes", type=at_least(2), default=1024, help="of the codebook, default %(default)s")

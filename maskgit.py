@@ -1359,11 +1359,14 @@ class Axis:
         return self.start + (self.scale(value) - low) / (high - low) * (self.end - self.start)
 
     def ticks(self):
-        """Three to seven round numbers; the powers of ten alone where there are three of them on a log axis."""
+        """Three to seven round numbers; on a log axis powers of ten, or those times 1, 2 and 5, if there are three."""
         if self.scale is math.log10:
-            powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-            if len(powers) >= 3:
-                return [10.0**power for power in powers]
+            powers = [10.0**i for i in range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)]
+            for factors in ((1,), (1, 2, 5)):
+                ticks = [power * factor for power in powers for factor in factors]
+                ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+                if len(ticks) >= 3:
+                    return ticks
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if (self.high - self.low) / (step * factor) <= 6)
         return [step * k for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]

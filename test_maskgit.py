@@ -1061,6 +1061,7 @@ def test_image_grid_puts_each_image_in_its_place():
 def test_axis_ticks_are_round_and_inside():
     assert maskgit.Axis([0, 1], 0, 100, False).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert maskgit.Axis([3, 7000], 0, 100, True).ticks() == [10, 100, 1000]
+    assert maskgit.Axis([1, 64], 0, 100, True).ticks() == [1, 2, 5, 10, 20, 50]
     assert maskgit.Axis([0.21, 0.45], 0, 100, True).ticks() == pytest.approx([0.25, 0.3, 0.35, 0.4, 0.45])
     axis = maskgit.Axis([1, 100], 200, 0, True)
     assert axis(1) == 200 and axis(10) == pytest.approx(100) and axis(100) == 0
