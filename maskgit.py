@@ -31,6 +31,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1259,6 +1260,9 @@ def read_checkpoint(path, device):
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"{broken} has another checksum")
         contents = torch.load(path, map_location=device, weights_only=True)
         missing = {"architecture", "weights", "config", "step", "training"} - set(contents)
     except Exception as error:  # torch.load raises half a dozen types on damaged files

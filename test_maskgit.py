@@ -982,23 +982,22 @@ class Malicious:
 def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model.pt"
-    save_checkpoint(path, tiny_model())
+    model = tiny_model()
+    save_checkpoint(path, model)
     whole = path.read_bytes()
     contents = torch.load(path)
+    weight = whole.index(model.embedding.weight.detach().numpy().tobytes())
     damaged = {
         "empty": b"",
         "truncated": whole[: len(whole) // 2],
         "text": b"not a checkpoint",
-        "flipped": whole[:100] + bytes([whole[100] ^ 255]) + whole[101:],
+        "one bit of one weight": whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :],
     }
-    for name, data in damaged.items():
+    for data in damaged.values():
         path.write_bytes(data)
-        try:
+        with pytest.raises(ValueError, match="model.pt is damaged") as error:
             load_checkpoint(path)
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error), name
-        else:
-            assert name == "flipped"  # the flipped byte may lie in padding
+        assert "\n" not in str(error.value)
     others = [Malicious(), [1, 2], {"weights": 1}, contents | {"architecture": {"codes": 5}}]
     for wrong in [*others, contents | {"weights": {}}]:
         torch.save(wrong, path)
