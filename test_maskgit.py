@@ -1766,6 +1766,9 @@ def test_a_membrane_solves_laplaces_equation():
         np.testing.assert_allclose(found[b].reshape(96, 2), np.linalg.solve(matrix, known), atol=1e-6)
     few = inpaint.membrane(values, holes)
     assert np.abs(few - found)[:2].max() < 0.1 * np.abs(values).max()
+    wide = np.zeros((1, 64, 64), bool)
+    wide[0, 2:62, 2:62] = True  # far from its rim, too
+    assert inpaint.membrane(np.ones((1, 64, 64, 1)), wide).min() > 0.99
 
 
 def test_what_is_filled_in_is_shifted_to_join_its_rim():
