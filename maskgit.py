@@ -1158,6 +1158,8 @@ def only_writer(folder):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by the system however the process ends
         except BlockingIOError:
             raise ValueError(f"another run is writing to {folder}; --out renames") from None
+        except OSError:
+            pass  # a file system without locks
         yield
     finally:
         os.close(handle)

@@ -884,6 +884,16 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     train(tiny_model(codes=2), striped_batch, steps=2, out=tmp_path)  # free again
 
 
+@pytest.mark.skipif(maskgit.fcntl is None, reason="folders are not locked on this system")
+def test_file_systems_without_locks_are_written_to(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError("Function not implemented")
+
+    monkeypatch.setattr(maskgit.fcntl, "flock", no_locks)
+    train(tiny_model(codes=2), striped_batch, steps=2, out=tmp_path)
+    assert load_checkpoint(tmp_path / "model.pt")["step"] == 2
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_the_best_validated_model_is_kept(ema, tmp_path):
     """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
