@@ -278,7 +278,7 @@ def rotary_angles(coords, dim):
 
 
 def turn(x, angles):
-    """Turn the pairs (x[i], x[i + d / 2]) of the heads' vectors (B, heads, T, d) by angles (1 or B, 1, T, d / 2)."""
+    """Turn the pairs (x[i], x[i + d / 2]) of heads' vectors (..., B, heads, T, d) by angles (1 or B, 1, T, d / 2)."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
@@ -301,9 +301,9 @@ class Attention(nn.Module):
     def forward(self, x, angles=None):
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        if angles is not None:
-            query, key = turn(query, angles), turn(key, angles)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D / heads)
+        query, key = qkv[:2] if angles is None else turn(qkv[:2], angles)
+        value = qkv[2]
         x = F.scaled_dot_product_attention(query, key, value)
         return self.out(x.transpose(1, 2).reshape(b, t, d))
 

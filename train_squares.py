@@ -509,7 +509,7 @@ def parse_arguments():
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
-        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 2400)
+        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 1800)
     return settings
 
 
