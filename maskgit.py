@@ -1151,6 +1151,7 @@ def only_writer(folder):
     if folder is None or fcntl is None:
         yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -1163,6 +1164,9 @@ def only_writer(folder):
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # which is not empty: the usual case
+            for path in made:
+                path.rmdir()
 
 
 @contextlib.contextmanager
