@@ -23,8 +23,8 @@ from maskgit import (
 )
 
 VARIANTS = [  # name, target, options of train_squares.py
-    ("as it is", 0.01, ["--steps", "370"]),
-    ("as it is", 0.005, ["--steps", "580"]),
+    ("as it is", 0.01, ["--steps", "400"]),
+    ("as it is", 0.005, ["--steps", "680"]),
     ("before rotary attention", 0.01, ["--steps", "600", "--no-rotary"]),
 ]
 
