@@ -119,8 +119,8 @@ GROWTH = {
     },
     "images": {
         "k-means, a patch of each, 5 iterations": (codebook, "points", (2000, 10_000, 100_000, 1_000_000)),
-        "encoding": (encoding, "images", (1000, 10_000, 100_000)),
-        "FID from features": (distance, "images", (1000, 10_000, 100_000)),
+        "encoding": (encoding, "images", (1000, 10_000, 100_000, 1_000_000)),
+        "FID from features": (distance, "images", (1000, 10_000, 100_000, 1_000_000)),
     },
 }
 
