@@ -545,40 +545,54 @@ def decode(
     is its own number at the start (with order="entropy" at most that); none after the last step.
     """
     check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after)
-    gamma = schedule_function(schedule)
     tokens, hidden = tokens.masked_fill(mask, model.mask_id), mask.clone()
-    at_start = hidden.sum(dim=1)  # (B,)
-    halton = halton_priority(coords.expand(*tokens.shape, 2)) if order == "halton" else None
     last_step = min(steps, stop_after or steps)
+    left = hidden.sum(dim=1).cpu().numpy()  # (B,): how many tokens of each image are hidden
+    scheduled = most_hidden(left, schedule_function(schedule), steps, last_step)  # (last_step + 1, B)
+    most_left = torch.from_numpy(scheduled).to(tokens.device)
+    halton = halton_priority(coords.expand(*tokens.shape, 2)) if order == "halton" else None
+    undefined = torch.zeros((), dtype=torch.bool, device=tokens.device)
 
     with evaluation_mode(model):
         for step in range(1, last_step + 1):
-            rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished yet
-            if len(rows) == 0:
+            if not left.any():
                 break
-            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])  # (b, T, K)
+            # With the sizes known, the device need not be waited for.
+            rows = torch.nonzero_static(hidden.any(dim=1), size=np.count_nonzero(left))[:, 0]  # the b unfinished images
             asked = hidden[rows]
-            logits = logits[asked].float() if evidence is None else logits[asked].float() + evidence[rows][asked]
-            log_probs = (logits / temperature).log_softmax(dim=-1)  # (n, K) of the n hidden tokens
-            if bool(log_probs.isnan().any()):
-                raise ValueError("the model's logits are no numbers")
+            image, place = torch.nonzero_static(asked, size=int(left.sum())).unbind(dim=1)  # of the n hidden tokens
+            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])[image, place].float()  # (n, K)
+            if evidence is not None:
+                logits = logits + evidence[rows[image], place]
+            log_probs = (logits / temperature).log_softmax(dim=-1)
+            undefined |= log_probs.isnan().any()
             likeliest = log_probs.argmax(dim=-1)
             values = likeliest if sample == "argmax" else draw(log_probs, generator)
             if order == "halton":
-                priority = halton[rows][asked]
+                priority = halton[rows[image], place]
             else:
                 noise = choice_temperature * (1 - step / steps)
                 priority = commit_priority(order, log_probs, values, certain, confidence, noise, generator)
             values = torch.where(priority.isinf(), likeliest, values)
 
-            scheduled = torch.floor(gamma(step / steps) * at_start[rows].double()).long()
-            scheduled = scheduled if step < last_step else torch.zeros_like(scheduled)
-            stays = stay_hidden(asked, priority, scheduled)
+            stays = stay_hidden(asked, priority, most_left[step, rows])
             tokens[rows] = tokens[rows].masked_scatter(asked, values).masked_fill(stays, model.mask_id)
             hidden[rows] = stays
+            left = hidden.sum(dim=1).cpu().numpy() if order == "entropy" else scheduled[step]
             if trace is not None:
                 trace.append((tokens.clone(), hidden.clone()))
+    if undefined:
+        raise ValueError("the model's logits are no numbers")
     return tokens
+
+
+def most_hidden(at_start, gamma, steps, last_step):
+    """How many tokens of each image may be hidden at the start (B,) and after each step: int64, (last_step + 1, B)."""
+    most = [at_start]
+    for step in range(1, last_step + 1):
+        scheduled = np.floor(gamma(step / steps) * at_start) if step < last_step else 0
+        most.append(np.minimum(scheduled, most[-1] - 1).clip(min=0))
+    return np.stack(most).astype(np.int64)
 
 
 def commit_priority(order, log_probs, values, certain, confidence, noise, generator):
@@ -593,11 +607,11 @@ def commit_priority(order, log_probs, values, certain, confidence, noise, genera
     return torch.rand(values.shape, generator=generator, device=values.device)
 
 
-def stay_hidden(hidden, priority, scheduled):
-    """Which of the n hidden tokens (b, T) are left: the `scheduled` (b,) ones of lowest priority (n,), or fewer, since
+def stay_hidden(hidden, priority, most):
+    """Which of the n hidden tokens (b, T) are left: the `most` (b,) ones of lowest priority (n,), or fewer, since
     besides those of infinite priority at least one is committed."""
     priority = torch.full_like(hidden, math.inf, dtype=priority.dtype).masked_scatter(hidden, priority)  # (b, T)
-    left = scheduled.minimum(priority.isfinite().sum(dim=1) - 1).clamp(min=0)
+    left = most.minimum(priority.isfinite().sum(dim=1) - 1).clamp(min=0)
     rank = priority.argsort(dim=1, stable=True).argsort(dim=1)
     return rank < left[:, None]
 
@@ -606,7 +620,8 @@ def draw(log_probs, generator):
     """One code per token, drawn from log-probabilities (n, K): (n,)."""
     cumulative = log_probs.exp().cumsum(dim=-1)
     uniform = torch.rand(len(log_probs), 1, generator=generator, device=log_probs.device)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    codes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return codes.clamp(max=log_probs.shape[1] - 1)  # beyond are draws from no numbers
 
 
 def check_decode_arguments(model, tokens, mask, steps, order, sample, temperature, confidence, stop_after):
@@ -832,6 +847,15 @@ def print_table(head, rows):
 def process_rank():
     """(rank, number of processes) as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def in_any_process(flag, device):
+    """Whether the flag is set in at least one process: all of them learn it at the same step."""
+    if process_rank()[1] == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(flags)
+    return bool(flags)
 
 
 @contextlib.contextmanager
@@ -1111,8 +1135,9 @@ def train(
     objective |= dict(mask_id=model.mask_id, accumulate=accumulate)
     started = time.monotonic() - state.seconds
     model.train()
+    stopped = False
     with only_writer(out if log else None), delayed_interrupt() as interrupted:
-        while state.step < steps and not interrupted.is_set():
+        while state.step < steps and not stopped:
             torch.manual_seed(step_seed(seed, state.step, rank))  # dropout, too, depends on the step alone
             tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(state.step))
             with precision_context(device, precision):
@@ -1120,26 +1145,26 @@ def train(
             gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
             state.update(loss, lr * learning_rate_factor(state.step, steps, warmup, decay))
             state.seconds = time.monotonic() - started
+            stopped = in_any_process(interrupted.is_set(), device)
             if log:
                 log.print_progress(state)
-                stops = state.step == steps or interrupted.is_set()
                 logs = state.step == steps or state.step % log_steps == 0
                 saves = checkpoint_steps is not None and state.step % checkpoint_steps == 0
-                saves |= stops or log.minutes_since_save() > checkpoint_minutes
+                saves |= stopped or state.step == steps or log.minutes_since_save() > checkpoint_minutes
                 if logs or saves:
                     state.require_finite(gradient_norm)
                 if logs:
                     log.log(state, gradient_norm)
                 if saves:
                     log.save(state)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
     if world > 1:
         # Gloo's threads need the interpreter's lock once more after the last exchange, and destroying the group
         # waits for them with that lock held: without a pause both may wait for ever.
         time.sleep(0.5)
         del network
         torch.distributed.destroy_process_group()
+    if stopped:
+        raise KeyboardInterrupt
     model.load_state_dict(state.result().state_dict())
     model.eval()
     return state.history

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import inpaint
@@ -661,6 +663,40 @@ def test_finished_images_cost_no_more_calls():
     assert sizes == [2, 1, 1, 1]
 
 
+class HostQuestions(TorchDispatchMode):
+    """Counts the operations that would wait for a device: their result decides on the host, or has an unknown size."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        by_mask = function.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
+        by_mask = by_mask and any(index is not None and index.dtype == torch.bool for index in arguments[1])
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+        self.count += by_mask or function.overloadpacket in waits
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("sample", ["categorical", "argmax"])
+def test_decode_does_not_wait_for_the_device_between_its_calls(order, sample):
+    questions, asked_at_call = HostQuestions(), []
+    model, (tokens, mask) = tiny_model(), ragged_batch(0)
+
+    def call(*arguments):
+        asked_at_call.append(questions.count)
+        return model(*arguments)
+
+    call.mask_id = model.mask_id
+    arguments = {"steps": 6, "sample": sample, "evidence": torch.zeros(6, 16, 5), "generator": seeded()}
+    with questions:
+        decode(call, tokens, mask, grid_coords(4, 4), order=order, **arguments)
+        assert len(asked_at_call) > 1 and len(set(asked_at_call)) == 1
+        before = questions.count
+        assert bool(mask.any()) and len(tokens[mask]) and questions.count == before + 2, "the counter counts"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -674,6 +710,7 @@ def test_finished_images_cost_no_more_calls():
         ({"mask": torch.zeros(6, 16)}, "bool"),
         ({"tokens": torch.full((6, 16), 5)}, "codes are 0 .. 4"),
         ({"evidence": torch.full((6, 16, 5), math.nan)}, "no numbers"),
+        ({"evidence": torch.full((6, 16, 5), math.nan), "order": "confidence"}, "no numbers"),
     ],
 )
 def test_decode_refuses_bad_arguments(wrong, message):
@@ -1049,6 +1086,26 @@ def test_cuda_trains_and_decodes_like_the_cpu(precision):
         generator = torch.Generator("cuda").manual_seed(0)
         filled = decode(model, hidden.long(), hidden, grid_coords(3, 3).cuda(), order=order, generator=generator)
         assert filled.is_cuda and filled.max() < 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
+def test_cuda_decodes_without_a_wait(order):
+    """Between the first network call and the last; the order by entropy asks how many tokens are left."""
+    model, hidden = tiny_model(codes=2).cuda(), torch.ones(4, 16, dtype=torch.bool, device="cuda")
+    calls = []
+
+    def call(*arguments):
+        calls.append(torch.cuda.set_sync_debug_mode("error" if len(calls) < 3 else "default"))
+        return model(*arguments)
+
+    call.mask_id = 2
+    generator = torch.Generator("cuda").manual_seed(0)
+    try:
+        decode(call, hidden.long(), hidden, grid_coords(4, 4).cuda(), steps=4, order=order, generator=generator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(calls) == 4
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2149,37 +2206,38 @@ def test_two_processes_agree_with_one(script, tmp_path):
     assert logged[1] == pytest.approx(logged[0], rel=1e-3)
 
 
-DIES = """
-import os, sys
+STOPS = """
+import os, signal, sys
 import maskgit, torch
 
 def batch(step):
-    if step == 5 and os.environ.get("RANK") == sys.argv[2]:
-        os._exit(7)
+    if step == 4 and os.environ.get("RANK") == sys.argv[2]:
+        signal.raise_signal(getattr(signal, sys.argv[3]))
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(2, (8, 16), generator=generator)
     return tokens, maskgit.training_mask(tokens.shape, "cosine", generator), maskgit.grid_coords(4, 4)
 
 torch.manual_seed(0)
 model = maskgit.MaskGIT(2, 16, 2, 1, dropout=0.0)
-maskgit.train(model, batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[3:] == ["--resume"])
+maskgit.train(model, batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[4:] == ["--resume"])
 """
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_dies_stops_all_and_one_process_goes_on(rank, tmp_path):
-    """The last checkpoint is whole, and resumed by one process it ends as a run of one does."""
-    (tmp_path / "dies.py").write_text(DIES)
+@pytest.mark.parametrize(("how", "step"), [("SIGKILL", 4), ("SIGINT", 5)])
+def test_a_process_that_stops_stops_all_and_one_process_goes_on(how, step, rank, tmp_path, monkeypatch):
+    """Killed, it leaves the last checkpoint whole; interrupted, all finish the step, and the first saves. Resumed by
+    one process the run ends as one of a single process does."""
+    script = tmp_path / "stops.py"
+    script.write_text(STOPS)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-
-    def run(starter, out, dying, *options):
-        command = [*starter, str(tmp_path / "dies.py"), str(tmp_path / out), str(dying), *options]
-        return subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode
-
-    assert run(TORCHRUN, "two", rank) != 0
-    assert load_checkpoint(tmp_path / "two" / "model.pt")["step"] == 4
+    command = [*TORCHRUN, str(script), str(tmp_path / "two"), str(rank), how]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode != 0
+    assert load_checkpoint(tmp_path / "two" / "model.pt")["step"] == step
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["model.pt"]
-    assert run([sys.executable], "two", "nobody", "--resume") == run([sys.executable], "one", "nobody") == 0
+    for name, option in (("one", "--force"), ("two", "--resume")):
+        monkeypatch.setattr(sys, "argv", ["stops.py", str(tmp_path / name), "no rank", "no signal", option])
+        runpy.run_path(str(script))
     models = [load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("one", "two")]
     torch.testing.assert_close(weights(models[1]), weights(models[0]), rtol=0, atol=1e-4)
 
