@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import json
 import math
 import os
@@ -41,7 +42,6 @@ import torch.distributed
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -304,8 +304,16 @@ class Attention(nn.Module):
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D / heads)
         query, key = qkv[:2] if angles is None else turn(qkv[:2], angles)
         value = qkv[2]
-        x = F.scaled_dot_product_attention(query, key, value)
+        # On a CPU the fused kernel is slow to differentiate in bf16.
+        plain = query.is_cpu and query.requires_grad and query.dtype == torch.bfloat16
+        x = plain_attention(query, key, value) if plain else F.scaled_dot_product_attention(query, key, value)
         return self.out(x.transpose(1, 2).reshape(b, t, d))
+
+
+def plain_attention(query, key, value):
+    """scaled_dot_product_attention by its definition: (B, heads, T, d) each -> (B, heads, T, d)."""
+    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)  # (B, heads, T, T)
+    return scores.softmax(dim=-1) @ value
 
 
 class Block(nn.Module):
@@ -762,6 +770,7 @@ def run_as_script(main):
 
     Of several processes the first alone writes to the screen.
     """
+    keep_freed_memory()
     if process_rank()[0] > 0:
         sys.stdout = None  # print() then does nothing
     try:
@@ -772,6 +781,15 @@ def run_as_script(main):
     except KeyboardInterrupt:
         print("interrupted; if training had begun, --resume goes on", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory():
+    """Let the C library keep what is freed. A training step on a CPU soon needs as much again, and pages that the
+    system hands out anew are cleared first. Without glibc nothing happens."""
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
+        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
 def pick_device(name="auto"):
@@ -871,22 +889,9 @@ def evaluation_mode(model):
             model.train()
 
 
-@contextlib.contextmanager
 def precision_context(device, precision):
-    """Run what is inside in "float32", or in "bf16" by autocast; weights and loss stay float32.
-
-    On a CPU the fused attention kernel is slower to differentiate in bf16 than in float32, so the plain one, which
-    is faster, is asked for there.
-    """
-    if precision == "float32":
-        yield
-        return
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if device.type == "cpu" and torch.is_grad_enabled():
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the flag rules CPUs as well
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+    """Run what is inside in "float32", or in "bf16" by autocast; weights and loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def fast_precision(device):

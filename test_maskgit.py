@@ -309,6 +309,16 @@ def test_attention_equals_an_explicit_softmax():
     expected = torch.cat(heads, dim=2) @ attention.out.weight.T + attention.out.bias
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
 
+    # In bf16, differentiated (on a CPU by another way) and not; gradients of the same sum.
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(x)
+        with torch.no_grad():
+            torch.testing.assert_close(attention(x).float(), expected, rtol=0.05, atol=0.01)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.01)
+    (found_gradient,) = torch.autograd.grad(found.float().square().sum(), weight)
+    torch.testing.assert_close(found_gradient, expected_gradient, rtol=0.1, atol=0.05)
+
 
 def layer_norm(x, module):
     centred = x - x.mean(dim=-1, keepdim=True)

@@ -478,7 +478,7 @@ ABLATION = {
 ABLATION_STEPS = 500
 # Masks that no training run draws, unless its seed is as large.
 VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
-VALIDATION_COUNT, TEST_COUNT = 512, 4096
+VALIDATION_COUNT, TEST_COUNT = 256, 4096
 
 
 def parse_arguments():

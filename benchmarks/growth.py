@@ -3,7 +3,7 @@
     python benchmarks/growth.py --json results/growth.json
 
 Every measurement is a process of its own, so that its memory can be told: the peak of the process, less what it held
-before the work began. Times are the best of the repetitions that fit into a few seconds. Data are random numbers.
+before the work began. Times are the best of up to 20 repetitions, begun within 20 seconds. Data are random numbers.
 """
 
 import functools
@@ -133,7 +133,7 @@ def measure(quantity, work, value):
     """Seconds and megabytes of a piece of work, printed for the process that asked."""
     make, argument, _ = GROWTH[quantity][work]
     before, function, taken = peak_megabytes(), make(**{argument: value}), []
-    while not taken or (sum(taken) < 4 and len(taken) < 20):
+    while sum(taken) < 20 and len(taken) < 20:
         start = time.perf_counter()
         function()
         taken.append(time.perf_counter() - start)

@@ -24,7 +24,7 @@ from maskgit import (
 
 VARIANTS = [  # name, target, options of train_squares.py
     ("as it is", 0.01, ["--steps", "400"]),
-    ("as it is", 0.005, ["--steps", "680"]),
+    ("as it is", 0.005, ["--steps", "720"]),
     ("before rotary attention", 0.01, ["--steps", "600", "--no-rotary"]),
 ]
 
