@@ -3,8 +3,9 @@
     python benchmarks/speed.py --json results/speed.json
 
 The plain one has separate q, k and v, an explicit softmax, float32, no dropout, and a logit for [MASK] too, and is
-scored on every position. All variants of a table take turns in one process; medians are shown. Besides: images filled
-one at a time, as the reports do, and 64 at once; patches encoded; and how long the scripts take to say --help.
+scored on every position. The variants take turns, each in a process of its own, since whether freed memory is kept
+(keep_freed_memory) holds for a whole process; a step that is not timed comes first, and medians are shown. Besides:
+images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
 """
 
 import functools
@@ -28,6 +29,7 @@ from maskgit import (
     decode,
     fast_precision,
     grid_coords,
+    keep_freed_memory,
     masked_cross_entropy,
     pick_device,
     precision_context,
@@ -124,6 +126,50 @@ def matrix_rate(device):
     return rates
 
 
+VARIANTS = {  # implementation, precision, whether freed memory is kept
+    "plain, float32": (Plain, "float32", False),
+    "plain, float32, memory kept": (Plain, "float32", True),
+    "maskgit.py, float32": (MaskGIT, "float32", True),
+    "maskgit.py, bf16": (MaskGIT, "bf16", True),
+}
+ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, dropout=0.0, head="linear")
+ONE_VARIANT = "import sys, speed; speed.measure(*sys.argv[1:])"
+
+
+def random_batch(size, device):
+    tokens = torch.randint(CODES, (size, SIDE * SIDE), generator=torch.Generator().manual_seed(0))
+    mask = training_mask(tokens.shape, "cosine", torch.Generator().manual_seed(0))
+    return tokens.to(device), mask.to(device), grid_coords(SIDE, SIDE).to(device)
+
+
+def measure(variant, batch_size, device):
+    """Seconds of a training step and of a forward pass, printed for the process that asked."""
+    implementation, precision, keeps_memory = VARIANTS[variant]
+    if keeps_memory:
+        keep_freed_memory()
+    device = torch.device(device)
+    model = (Plain() if implementation is Plain else MaskGIT(**ARCHITECTURE)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    arguments = model, optimizer, *random_batch(int(batch_size), device), precision
+    for work in (train_step, forward_pass):
+        print(by_turns({work: functools.partial(work, *arguments)}, 1, device)[work])
+
+
+def measure_variants(batch_size, rounds, device):
+    """Medians: {"train_step": {variant: seconds}, "forward_pass": {variant: seconds}}."""
+    names = [name for name, (_, precision, _) in VARIANTS.items() if precision in ("float32", fast_precision(device))]
+    taken = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            command = [sys.executable, "-c", ONE_VARIANT, name, str(batch_size), str(device)]
+            run = subprocess.run(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
+            taken[name].append([float(line) for line in run.stdout.split()])
+    medians = {
+        name: [statistics.median(seconds) for seconds in zip(*rows, strict=True)] for name, rows in taken.items()
+    }
+    return {work: {name: medians[name][i] for name in names} for i, work in enumerate(("train_step", "forward_pass"))}
+
+
 STARTS = {f"{script} --help": [f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles")}
 STARTS |= {f"{script} --help": [f"{script}.py", "--help"] for script in ("inpaint", "fid")}
 STARTS["import torch alone"] = ["-c", "import torch"]
@@ -135,37 +181,22 @@ def start_up(arguments):
 
 def main():
     parser = CommandLine(__doc__)
-    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--batch-size", type=at_least(1), default=10, help="R1 and R2's: 10")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
     settings.record, device = run_record(), pick_device(settings.device)
     torch.manual_seed(0)
-    coords = grid_coords(SIDE, SIDE).to(device)
-    tokens = torch.randint(CODES, (settings.batch_size, SIDE * SIDE), device=device)
-    mask = training_mask(tokens.shape, "cosine").to(device)
-    ours = MaskGIT(CODES, DIM, HEADS, LAYERS, HIDDEN, dropout=0.0, head="linear").to(device)
-    models = {"plain, float32": (Plain().to(device), "float32"), "maskgit.py, float32": (ours, "float32")}
-    if fast_precision(device) == "bf16":
-        models["maskgit.py, bf16"] = (ours, "bf16")
-    optimizers = {model: torch.optim.Adam(model.parameters(), lr=1e-4, fused=True) for model, _ in models.values()}
-    figures = {"matrix_rate": matrix_rate(device)}
-    for work in (train_step, forward_pass):
-        figures[work.__name__] = by_turns(
-            {
-                name: functools.partial(work, model, optimizers[model], tokens, mask, coords, precision)
-                for name, (model, precision) in models.items()
-            },
-            settings.rounds,
-            device,
-        )
+    tokens, _, coords = random_batch(settings.batch_size, device)
+    ours = MaskGIT(**ARCHITECTURE).to(device)
+    figures = {"matrix_rate": matrix_rate(device)} | measure_variants(settings.batch_size, settings.rounds, device)
     # A multiplication and an addition for each weight and token, and twice that again for the gradients.
     weights = sum(p.numel() for p in ours.parameters() if p.ndim == 2) - ours.embedding.weight.numel()
     attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
     work = 6 * (weights + attention) * tokens.numel()
     figures["share_of_matrix_rate"] = {
-        name: work / seconds / figures["matrix_rate"][models[name][1]]
+        name: work / seconds / figures["matrix_rate"][VARIANTS[name][1]]
         for name, seconds in figures["train_step"].items()
     }
 
