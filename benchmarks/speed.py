@@ -4,7 +4,7 @@
 
 The plain one has separate q, k and v, an explicit softmax, float32, no dropout, and a logit for [MASK] too, and is
 scored on every position. The variants take turns, each in a process of its own, since whether freed memory is kept
-(keep_freed_memory) holds for a whole process; a step that is not timed comes first, and medians are shown. Besides:
+(keep_freed_memory) holds for a whole process: medians of three steps after one that is not timed, and of those. Besides:
 images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
 """
 
@@ -152,7 +152,7 @@ def measure(variant, batch_size, device):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     arguments = model, optimizer, *random_batch(int(batch_size), device), precision
     for work in (train_step, forward_pass):
-        print(by_turns({work: functools.partial(work, *arguments)}, 1, device)[work])
+        print(by_turns({work: functools.partial(work, *arguments)}, 3, device)[work])
 
 
 def measure_variants(batch_size, rounds, device):
