@@ -4,7 +4,7 @@
 
 The plain one has separate q, k and v, an explicit softmax, float32, no dropout, and a logit for [MASK] too, and is
 scored on every position. The variants take turns, each in a process of its own, since whether freed memory is kept
-(keep_freed_memory) holds for a whole process: medians of three steps after one that is not timed, and of those. Besides:
+(keep_freed_memory) holds for a whole process: medians of three steps after one untimed, and of those. Besides:
 images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
 """
 
