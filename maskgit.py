@@ -489,9 +489,8 @@ def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, every_po
     """Cross-entropy in nats, averaged over the hidden tokens: a scalar.
 
     logits (B, T, K), mask (B, T); targets are codes (B, T), or a distribution for each token (B, T, K).
-    every_position=True averages over all tokens, as R1
-    and R2 do (paper: hidden ones only). count replaces the number of tokens to divide by, so that
-    the parts of a larger batch add up to its mean.
+    every_position=True averages over all tokens, as R1 and R2 do (paper: hidden ones only). count replaces the number
+    of tokens to divide by, so that the parts of a larger batch add up to its mean.
     """
     targets = targets.transpose(1, 2) if targets.ndim == 3 else targets
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
