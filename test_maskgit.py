@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -1006,6 +1007,26 @@ def test_tensorboard_is_optional_and_its_absence_is_named(monkeypatch, tmp_path)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="TensorBoard is not installed"):
         train(tiny_model(codes=2), striped_batch, steps=1, out=tmp_path, tensorboard=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_fetched_again():
+    """Page faults of blocks of 32 and of 8 MB, eight at a time, before and after (in a process of its own)."""
+    code = """
+import resource, torch, maskgit
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for size in (2**23, 2**23, 2**21, 2**21):
+        [torch.ones(size) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults()
+maskgit.keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    given_back, kept = map(int, run.stdout.split())
+    assert kept < given_back / 10
 
 
 def test_bf16_trains_close_to_float32():
