@@ -71,17 +71,20 @@ def ends_in_one_line(call):
 
 
 def kill_and_resume(folder, kills, rng):
-    """Runs that write a checkpoint after every step, each killed at a random moment: how many end as they should."""
+    """Runs that write a checkpoint after every step, each killed at a random moment, every third one as soon as it
+    writes after that: how many end as they should."""
     run, found = [*SQUARES, "--steps", 60, "--checkpoint-steps", 1], Counter()
     start = time.monotonic()
     finished("train_squares", *run, "--out", folder / "whole", check=True)
     duration = time.monotonic() - start
     for i in range(kills):
-        out = folder / f"killed{i}"
+        out, waits = folder / f"killed{i}", i % 3 == 0
         process = subprocess.Popen(
             command("train_squares", *run, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(rng.uniform(0, duration))
+        time.sleep(rng.uniform(0, duration / 2 if waits else duration))
+        while waits and process.poll() is None and not (out / "model.pt.partial").exists():
+            pass
         process.kill()
         process.wait()
         found["killed in mid-writing"] += (out / "model.pt.partial").exists()
