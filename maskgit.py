@@ -246,17 +246,17 @@ def position_encoding(coords, dim, layout="split"):
     """
     if dim % 4:
         raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
+    index = torch.arange(dim, device=coords.device)  # made where it is used: a GPU would wait for a copy
     if layout == "split":
-        exponent = torch.arange(0, dim // 2, 2).repeat_interleave(2).repeat(2) / (dim / 2)
+        exponent = index % (dim // 2) // 2 * 2 / (dim / 2)
     elif layout == "printed":
-        exponent = torch.arange(dim) / dim
+        exponent = index / dim
     else:
         raise ValueError(f"unknown position layout {layout!r}; choose split or printed")
-    frequency = (10000.0**-exponent).to(coords.device)  # (dim,)
+    frequency = 10000.0**-exponent  # (dim,)
     values = coords.float().repeat_interleave(dim // 2, dim=-1)  # (..., dim): x ... x, y ... y
     angles = values * frequency
-    even = torch.arange(dim, device=coords.device) % 2 == 0
-    return torch.where(even, angles.sin(), angles.cos())
+    return torch.where(index % 2 == 0, angles.sin(), angles.cos())
 
 
 def rotary_angles(coords, dim):

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fid
 import inpaint
@@ -706,6 +707,23 @@ def test_decode_does_not_wait_for_the_device_between_its_calls(order, sample):
         assert len(asked_at_call) > 1 and len(set(asked_at_call)) == 1
         before = questions.count
         assert bool(mask.any()) and len(tokens[mask]) and questions.count == before + 2, "the counter counts"
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """Fails if an operation makes a tensor that is not on the device "meta"."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        assert all(made.is_meta for made in tree_leaves(result) if isinstance(made, torch.Tensor)), function
+        return result
+
+
+@pytest.mark.parametrize("options", [{}, {"positions": "printed"}, {"rotary": True}, {"head": "cosine"}])
+def test_model_copies_nothing_to_its_device(options):
+    with torch.device("meta"):
+        model, tokens, coords = tiny_model(**options), torch.zeros(2, 6, dtype=torch.int64), torch.zeros(6, 2)
+    with NothingOnTheHost():
+        assert model(tokens, coords).shape == (2, 6, 5)
 
 
 @pytest.mark.parametrize(
