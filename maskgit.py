@@ -785,7 +785,7 @@ def run_as_script(main):
 def keep_freed_memory():
     """Let the C library keep what is freed. A training step on a CPU soon needs as much again, and pages that the
     system hands out anew are cleared first. Without glibc nothing happens."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
         library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
