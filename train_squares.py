@@ -294,6 +294,7 @@ def run(settings):
     nothing = {"nothing visible": inputs["nothing visible"]}
     completions += compare_orders(model, prior, device, nothing, [("confidence", {"steps": 16})], TEST_SEED)
     column = {name: [row[name] for row in history] for name in history[0]}
+    unseen = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
     line_plot(
         {
             "training batches": (column["step"], column["loss"]),
@@ -302,7 +303,7 @@ def run(settings):
         title=f"Squares, {TASKS.get(settings.mask, settings.mask)}",
         x_label="step",
         y_label="cross-entropy, nats per hidden pixel",
-        references={"exact posterior": tasks[settings.mask]["limit"]},
+        references={"posterior, unseen masks": unseen["limit"]},
         log_y=True,
     ).save(out / "loss.png")
     image_grid(as_images(prior, side), 18, scale=4).save(out / "prior.png")

@@ -164,8 +164,8 @@ def main():
             curves[work] = ([row["amount"] for row in found], [row["seconds"] for row in found])
         line_plot(
             curves,
-            title=f"Seconds by number of {quantity}",
-            x_label=quantity,
+            title=f"Seconds by {quantity}",
+            x_label="images in a batch" if quantity == "batch" else f"number of {quantity}",
             y_label="seconds",
             log_x=True,
             log_y=True,
