@@ -1206,7 +1206,10 @@ def test_gif_has_every_frame(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------
-# train_squares.py: the prior, its posterior, scores
+# train_squares.py: the prior, its posterior, scores, completions
+
+SQUARES = train_squares.all_squares(8, 2, 5)
+EXACT = train_squares.ExactModel(SQUARES)
 
 
 @pytest.mark.parametrize(("sides", "count"), [((2, 5), 126), ((2, 6), 135), ((1, 4), 174)])
@@ -1219,50 +1222,23 @@ def test_number_of_squares(sides, count):
         assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and sides[0] <= side <= sides[1]
 
 
-def posterior_by_counting(prior, tokens, mask):
-    """For one image: {pixel: share of white} over the images that agree with the visible pixels, by sets."""
-    visible = [(p, int(tokens[p])) for p in range(len(tokens)) if not mask[p]]
-    agreeing = [image for image in prior.tolist() if all(image[p] == colour for p, colour in visible)]
-    return [sum(image[p] for image in agreeing) / len(agreeing) for p in range(len(tokens))]
-
-
 def test_posterior_equals_counting():
-    prior = train_squares.all_squares(8, 2, 5)
-    tokens = prior[torch.randint(126, (40,), generator=seeded())]
+    tokens = SQUARES[torch.randint(126, (40,), generator=seeded())]
     mask = training_mask(tokens.shape, "cosine", seeded(1))
-    found = train_squares.posterior(prior, tokens, mask)
+    mask[0] = True
+    found = train_squares.posterior(SQUARES, tokens, mask)
     for row in range(40):
-        assert found[row].tolist() == pytest.approx(posterior_by_counting(prior, tokens[row], mask[row]))
-    nothing_visible = train_squares.posterior(prior, tokens[:1], torch.ones(1, 64, dtype=torch.bool))
-    torch.testing.assert_close(nothing_visible[0], prior.float().mean(dim=0))
+        visible = [(p, int(tokens[row, p])) for p in range(64) if not mask[row, p]]
+        agreeing = [image for image in SQUARES.tolist() if all(image[p] == colour for p, colour in visible)]
+        assert found[row].tolist() == pytest.approx([sum(pixel) / len(agreeing) for pixel in zip(*agreeing)])  # noqa: B905
+    torch.testing.assert_close(found[0], SQUARES.float().mean(dim=0))
 
 
-class PosteriorModel(torch.nn.Module):
-    """The exact posterior, as a module that score() accepts."""
-
-    def __init__(self, prior):
-        super().__init__()
-        self.anchor = torch.nn.Parameter(torch.zeros(()))
-        self.exact = train_squares.ExactModel(prior)
-
-    def forward(self, tokens, coords):
-        return self.exact(tokens, coords).clamp(min=-50)
-
-
-def test_the_posterior_scores_at_its_own_limit_which_is_the_known_one():
-    prior = train_squares.all_squares(8, 2, 5)
-    result = train_squares.score(PosteriorModel(prior), prior, "cosine", 4096, 1)
-    assert result["kl"] == pytest.approx(0, abs=1e-6)
-    assert result["accuracy"] == pytest.approx(result["posterior_accuracy"], abs=1e-6)
-    assert result["limit"] == pytest.approx(0.216, abs=0.006) and result["accuracy"] == pytest.approx(0.910, abs=0.004)
-    assert train_squares.score(PosteriorModel(prior), prior, "single", 4096, 1)["accuracy"] > 0.99
-
-
-def test_score_is_the_expected_loss():
-    """Against drawing the hidden pixels: the mean log loss of an untrained model on 126 equally likely images."""
-    prior, model = train_squares.all_squares(8, 2, 5), tiny_model(codes=2)
-    result = train_squares.score(model, prior, "cosine", 4096, 1)
-    tokens = prior[torch.randint(126, (4096,), generator=seeded(2))]
+def test_scores_are_expectations_over_the_posterior():
+    """An untrained model's loss is its mean over images as they are drawn; the posterior's is at the known limit."""
+    model = tiny_model(codes=2)
+    result = train_squares.score(model, SQUARES, "cosine", 4096, 1)
+    tokens = SQUARES[torch.randint(126, (4096,), generator=seeded(2))]
     mask = training_mask(tokens.shape, "cosine", seeded(3))
     with torch.no_grad():
         log_probs = model(tokens.masked_fill(mask, 2), grid_coords(8, 8)).log_softmax(dim=-1)
@@ -1270,231 +1246,78 @@ def test_score_is_the_expected_loss():
     assert result["cross_entropy"] == pytest.approx(drawn.mean().item(), rel=0.02)
     correct = (log_probs.argmax(dim=-1) == tokens)[mask].float().mean().item()
     assert result["accuracy"] == pytest.approx(correct, abs=0.02)
+    model.forward = lambda tokens, coords: EXACT(tokens, coords).clamp(min=-50)
+    exact = train_squares.score(model, SQUARES, "cosine", 4096, 1)
+    assert exact["kl"] == pytest.approx(0, abs=1e-6) == exact["accuracy"] - exact["posterior_accuracy"]
+    assert exact["limit"] == pytest.approx(0.216, abs=0.006) and exact["accuracy"] == pytest.approx(0.910, abs=0.004)
+    assert train_squares.score(model, SQUARES, "single", 4096, 1)["accuracy"] > 0.99
+    # The best of all pairs of similarities in [-1, 1], pixel by pixel.
+    white, difference = (
+        train_squares.test_set(SQUARES, "cosine", 200, 10**9 + 1)[2],
+        torch.linspace(-2, 2, 401)[:, None],
+    )
+    best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
+    assert train_squares.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
 
 
-def test_cosine_heads_limit_by_brute_force():
-    """No pair of similarities in [-1, 1] does better on any pixel."""
-    prior = train_squares.all_squares(8, 2, 5)
-    generator = seeded(train_squares.TEST_SEED)
-    tokens = prior[torch.randint(126, (200,), generator=generator)]
-    mask = training_mask(tokens.shape, "cosine", generator)
-    white = train_squares.posterior(prior, tokens, mask)[mask][:, None]
-    difference = torch.linspace(-2, 2, 401)
-    losses = white * torch.nn.functional.softplus(-difference) + (1 - white) * torch.nn.functional.softplus(difference)
-    best = losses.amin(dim=1).mean().item()
-    assert train_squares.cosine_head_limit(prior, "cosine", 200) == pytest.approx(best, abs=1e-4)
-
-
-def test_epochs_show_every_image_as_often():
-    settings = train_squares.argparse.Namespace(grid=8, seed=3, batch_size=50, presentations=2, mask="single")
-    prior = train_squares.all_squares(8, 2, 5)
-    batch = train_squares.make_batch(prior, settings)
+def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
+    settings = argparse.Namespace(grid=8, seed=3, batch_size=50, presentations=2, mask="cosine")
+    batch, again = (train_squares.make_batch(SQUARES, settings) for _ in range(2))
     shown = torch.cat([batch(step)[0] for step in range(126)])  # 6300 images: 25 epochs of 252
-    counts = (shown[:, None] == prior).all(dim=-1).sum(dim=0)
-    assert (counts == 50).all()
-    first = torch.cat([batch(step)[0] for step in range(6)])[:252]
-    assert ((first[:, None] == prior).all(dim=-1).sum(dim=0) == 2).all()
-    again = train_squares.make_batch(prior, settings)
-    assert all(torch.equal(a, b) for a, b in zip(batch(7), again(7), strict=True))
-
-
-def test_draw_mask_kinds():
-    cosine = training_mask((1000, 64), "cosine", seeded()).sum(dim=1)
-    expected = [math.ceil(64 * math.cos(math.pi / 2 * (i + 0.5) / 1000)) for i in range(1000)]
-    assert (cosine - torch.tensor(expected)).abs().max() <= 1
-    assert (training_mask((9, 64), "single", seeded()).sum(dim=1) == 1).all()
-    assert (training_mask((9, 64), "0.2", seeded()).sum(dim=1) == 13).all()
-
-
-# ---------------------------------------------------------------------------------------------------
-# train_squares.py: completions
+    for images, times in ((shown, 50), (shown[:252], 2)):
+        assert ((images[:, None] == SQUARES).all(dim=-1).sum(dim=0) == times).all()
+    assert all(map(torch.equal, batch(7), again(7))) and not torch.equal(shown[:252], shown[252:504])
+    gamma = [64 * math.cos(math.pi / 2 * i / 50) for i in range(51)]
+    for i, hidden in enumerate(batch(7)[1].sum(dim=1).tolist()):
+        assert gamma[i + 1] <= hidden <= math.ceil(gamma[i])
 
 
 def test_total_variation_by_hand():
-    prior = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0]])
-    tokens = torch.tensor([[0, 0, 0]] * 8)
+    prior, tokens = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0]]), torch.tensor([[0, 0, 0]] * 8)
     mask = torch.tensor([[False, True, True]] * 8)  # leaves the first two images, equally likely
     matches = torch.zeros(8, 3, dtype=torch.bool)
     matches[:5, 0] = matches[5:7, 1] = True  # the eighth is no image at all
     found, floor = train_squares.total_variation(prior, tokens, mask, matches)
     assert found == pytest.approx((abs(5 / 8 - 1 / 2) + abs(2 / 8 - 1 / 2) + 1 / 8) / 2)
-    exact = sum(math.comb(8, k) / 2**8 * abs(k / 8 - 1 / 2) for k in range(9))
-    assert floor == pytest.approx(exact, abs=0.03)
+    assert floor == pytest.approx(sum(math.comb(8, k) / 2**8 * abs(k / 8 - 1 / 2) for k in range(9)), abs=0.03)
 
 
-def test_entropy_order_samples_the_squares_exactly():
-    """With the posterior's marginals: all valid, as close to uniform as exact sampling, few calls."""
-    prior = train_squares.all_squares(8, 2, 5)
-    tokens, mask = train_squares.completion_inputs(prior, 2000, 1)["nothing visible"]
+def test_completions_with_the_posteriors_marginals():
+    """The entropy order samples the squares exactly: all valid, as close to uniform as exact sampling, few calls."""
+    nothing = train_squares.completion_inputs(SQUARES, 2000, 1)["nothing visible"]
     options = {"order": "entropy", "steps": 20, "certain": 0.02}
-    result = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", options, 0)
+    result = train_squares.judge(EXACT, SQUARES, *nothing, "cpu", options, 0)
     assert result["valid"] == 1 and result["calls"] < 9.2 and result["most_calls"] <= 20
     assert result["total_variation"] < result["exact_sampling"] + 0.015
-    paper = {"order": "confidence", "steps": 16}
-    worse = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", paper, 0)
+    worse = train_squares.judge(EXACT, SQUARES, *nothing, "cpu", {"order": "confidence", "steps": 16}, 0)
     assert 0.70 < worse["valid"] < 0.88 and worse["calls"] == 16
+    inputs = train_squares.completion_inputs(SQUARES, 100, 1)
+    for given, (tokens, mask) in inputs.items():
+        assert train_squares.judge(EXACT, SQUARES, tokens, mask, "cpu", {}, 0)["valid"] == 1, given
+    assert (inputs["random half"][1].sum(dim=1) == 32).all()
+    left, right = inputs["left half"][1].reshape(-1, 8, 8).split(4, dim=-1)
+    assert right.all() and not left.any()
 
 
-def test_half_hidden_completions_agree_with_what_is_visible():
-    prior = train_squares.all_squares(8, 2, 5)
-    for given, (tokens, mask) in train_squares.completion_inputs(prior, 100, 1).items():
-        result = train_squares.judge(train_squares.ExactModel(prior), prior, tokens, mask, "cpu", {}, 0)
-        assert result["valid"] == 1, given
-    half = train_squares.completion_inputs(prior, 100, 1)
-    assert (half["random half"][1].sum(dim=1) == 32).all()
-    assert (
-        half["left half"][1].reshape(-1, 8, 8)[:, :, 4:].all()
-        and not half["left half"][1].reshape(-1, 8, 8)[:, :, :4].any()
-    )
-
-
-# ---------------------------------------------------------------------------------------------------
-# train_squares.py as a user runs it
-
-TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batch-size", "16", "--draws", "20"]
-TINY += ["--device", "cpu", "--precision", "float32"]
-
-
-def call(monkeypatch, *arguments):
-    """Run train_squares in this process as its command line would be; returns the exit code."""
-    monkeypatch.setattr(sys, "argv", ["train_squares.py", *map(str, arguments)])
-    try:
-        maskgit.run_as_script(train_squares.main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def test_a_run_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    figures = tmp_path / "new folder" / "figures.json"
-    assert call(monkeypatch, *TINY, "--steps", 30, "--out", out, "--json", figures) == 0
-    screen = capsys.readouterr().out
-    assert "cosine masking" in screen and "one masked pixel" in screen and str(out / "samples.png") in screen
-    names = {"model.pt", "log.csv", "metrics.json", "loss.png", "samples.png", "prior.png", "decode.gif"}
-    assert {path.name for path in out.iterdir()} == names
-    for name in names:
-        if name.endswith((".png", ".gif")):
-            with Image.open(out / name) as picture:
-                picture.verify()
-    metrics = json.loads(figures.read_text())
-    assert metrics == json.loads((out / "metrics.json").read_text())
-    assert {"command", "commit", "machine", "settings", "seconds", "tasks", "completions"} <= metrics.keys()
-    for task in metrics["tasks"].values():
-        assert task["kl"] > 0 and task["accuracy"] <= task["posterior_accuracy"]
-
-    before = (out / "model.pt").read_bytes()
-    assert call(monkeypatch, *TINY, "--steps", 30, "--out", out) == 2, "a finished run is not overwritten"
-    assert (out / "model.pt").read_bytes() == before
-    assert call(monkeypatch, "--completions", "--out", tmp_path / "nothing") == 2
-    assert call(monkeypatch, *TINY, "--steps", 31, "--out", out, "--force") == 0
-    assert load_checkpoint(out / "model.pt")["step"] == 31
-
-
-def test_killed_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
-    arguments = [*TINY, "--steps", "400", "--checkpoint-steps", "20", "--dropout", "0.1", "--ema", "0.9"]
-    assert call(monkeypatch, *arguments, "--out", tmp_path / "undisturbed") == 0
-    out = tmp_path / "killed"
-    script = [sys.executable, str(HERE / "train_squares.py"), *arguments, "--out", str(out)]
-    process = subprocess.Popen(script, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (out / "model.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < load_checkpoint(out / "model.pt")["step"] < 400
-    assert call(monkeypatch, *arguments, "--out", out, "--resume") == 0
-    resumed, undisturbed = (load_checkpoint(tmp_path / name / "model.pt") for name in ("killed", "undisturbed"))
-    assert torch.equal(weights(resumed["model"]), weights(undisturbed["model"]))
-
-
-def test_completions_and_ablation_on_a_small_scale(tmp_path, monkeypatch, capsys):
-    small = [*TINY, "--grid", "4", "--max-side", "3", "--steps", "6", "--out", tmp_path]
-    assert call(monkeypatch, *small) == 0
-    monkeypatch.setattr(train_squares, "ORDERS", {name: train_squares.ORDERS[name] for name in ("entropy", "random")})
-    monkeypatch.setattr(train_squares, "SCHEDULES", {name: SCHEDULES[name] for name in ("cosine", "linear")})
-    assert call(monkeypatch, "--completions", "--draws", "20", "--out", tmp_path) == 0
-    rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
-    combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
-    assert len(rows) == len(combinations) == (3 + 1) * 2 * 7 * 2  # inputs and schedules, orders, steps, marginals
-    monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
-    monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 64)
-    monkeypatch.setitem(train_squares.ABLATION, "dim", 8)
-    monkeypatch.setitem(train_squares.ABLATION, "layers", 1)
-    assert call(monkeypatch, "--ablation", "--steps", "4", "--out", tmp_path, "--device", "cpu") == 0
-    runs = json.loads((tmp_path / "ablation.json").read_text())["runs"]
-    assert len(runs) == 3 * len(train_squares.ablation_variants())
-    for name in ("ablation.png", "completions_model.png", "completions_exact.png"):
-        with Image.open(tmp_path / name) as picture:
-            picture.verify()
-
-
-def test_ablation_variants_differ_from_the_recipe_as_they_say():
-    variants = train_squares.ablation_variants()
-    changed = {
-        name: sum(train_squares.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()
-    }
-    assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
-    assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
-
-
-def test_presets_carry_the_sources_numbers(monkeypatch):
+def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
     def settings(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_squares.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *arguments])
         return train_squares.parse_arguments()
 
-    one, two = settings("--preset", "post1"), settings("--preset", "post2", "--lr", "0.001")
+    one, two = settings("post1"), settings("post2", "--lr", "0.001")
     assert (one.dim, one.hidden, one.layers, one.heads, one.dropout) == (768, 3072, 6, 8, 0.1)
     assert (one.norm, one.head, one.positions, one.batch_size, one.steps) == ("post", "cosine", "printed", 126, 300)
     assert (two.dim, two.hidden, two.layers, two.heads, two.min_side, two.max_side) == (640, 1600, 6, 8, 1, 4)
     assert two.steps == 300 * 40 and two.mask == "0.2" and two.lr == 0.001
-    assert settings("--preset", "post2", "--steps", "7").steps == 7
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--steps", "0"],
-        ["--steps", "many"],
-        ["--stepz", "3"],
-        ["--lr", "-1"],
-        ["--lr", "nan"],
-        ["--mask", "1.5"],
-        ["--mask", "half"],
-        ["--dropout", "1"],
-        ["--ema", "2"],
-        ["--norm", "none"],
-        ["--preset", "post3"],
-        ["--grid", "4", "--max-side", "5"],
-        ["--min-side", "4", "--max-side", "3"],
-        ["--heads", "5"],
-        ["--dim", "6", "--heads", "2"],
-        ["--learn-temperature"],
-        ["--device", "tpu"],
-        ["--device", "cuda:99"],
-        ["--accumulate", "1000"],
-        ["--draws", "0"],
-        ["--resume"],
-        ["--completions"],
-    ],
-)
-def test_bad_input_gets_one_line_and_code_2(arguments, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "--out", tmp_path / "run", *arguments) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.startswith("error: ") and complaint.count("\n") == 1
-    assert not (tmp_path / "run" / "model.pt").exists()
-
-
-def test_an_out_folder_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert call(monkeypatch, *TINY, "--steps", "2", "--out", tmp_path / "file" / "run") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert settings("post2", "--steps", "7").steps == 7
+    recipe, variants = train_squares.S1_RECIPE, train_squares.ablation_variants()
+    changed = {name: sum(recipe[key] != value for key, value in v.items()) for name, v in variants.items()}
+    assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
+    assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
 
 
 # ---------------------------------------------------------------------------------------------------
 # train_rectangles.py: rectangles, tokens, the posterior
-
-SPARSE, GRID = (argparse.Namespace(task=task) for task in ("sparse", "grid"))
 
 
 @pytest.fixture(scope="module")
@@ -1502,20 +1325,27 @@ def tokenizer():
     return train_rectangles.fit_tokenizer(0)
 
 
-def test_rectangles_are_uniform_corners_with_room_between():
-    for pixels in (None, 16):
-        rectangles = train_rectangles.draw_rectangles(5000, np.random.default_rng(0), pixels)
+def test_rectangles_are_uniform_corners_with_room_between_and_points_as_they_are_named():
+    for task in ("grid", "sparse"):
+        rectangles = train_rectangles.draw_rectangles(5000, 0, task)
         sides = rectangles[:, 2:] - rectangles[:, :2]
         assert rectangles.min() >= 0 and rectangles.max() <= 16 and sides.min() >= 2
         # The distance of two uniform numbers in [0, 16], if it is at least 2, has the mean below.
         assert sides.mean() == pytest.approx(2 + 14 / 3, abs=0.15)
-    assert (rectangles * 16 == np.rint(rectangles * 16)).all()
+        assert (rectangles * 16 == np.rint(rectangles * 16)).all() == (task == "grid")
+    rectangles, rng = rectangles[:300], np.random.default_rng(0)
+    edges, cornerless = (train_rectangles.draw_points(s, rectangles, 8, rng) for s in ("edges", "cornerless"))
+    mixed = np.abs(train_rectangles.coverage(rectangles, edges).mean(axis=-1) - 0.5) < 0.5  # neither 0 nor 1
+    assert mixed[:, ::2].mean() > 0.99 and mixed[:, 1::2].mean() < 0.7
+    for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
+        for (x, y), corner_x, corner_y in itertools.product(points, (x0, x1), (y0, y1)):
+            assert not (x < corner_x < x + 4 and y < corner_y < y + 4)
+    assert np.minimum(edges, cornerless).min() >= 0 and np.maximum(edges, cornerless).max() <= 12
 
 
-def test_coverage_equals_an_integration_on_8192_points():
+def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsampled_pixels():
     rng = np.random.default_rng(0)
-    rectangles = train_rectangles.draw_rectangles(6, rng)
-    points = rng.random((6, 5, 2)) * 12
+    rectangles, points = train_rectangles.draw_rectangles(6, rng, "sparse"), rng.random((6, 5, 2)) * 12
     exact = train_rectangles.coverage(rectangles, points).reshape(6, 5, 4, 4)
     halves = (np.arange(8192) + 0.5) / 8192
     for image, point, row, column in itertools.product(range(6), range(5), range(4), range(4)):
@@ -1524,57 +1354,32 @@ def test_coverage_equals_an_integration_on_8192_points():
         inside_x = ((x0 < x + halves) & (x + halves < x1)).mean()
         inside_y = ((y0 < y + halves) & (y + halves < y1)).mean()
         assert exact[image, point, row, column] == pytest.approx(inside_x * inside_y, abs=3e-4)
-
-
-def test_images_are_the_area_downsampled_pictures_of_256_pixels():
-    rectangles = train_rectangles.draw_rectangles(4, np.random.default_rng(0), 16)
-    for rectangle, image in zip(rectangles, train_rectangles.draw_images(rectangles), strict=True):
-        x0, y0, x1, y1 = (rectangle * 16).astype(int)
+    rectangles = train_rectangles.draw_rectangles(4, 0)
+    for (x0, y0, x1, y1), image in zip(rectangles * 16, train_rectangles.draw_images(rectangles), strict=True):
         large = np.zeros((256, 256))
-        large[y0:y1, x0:x1] = 1
+        large[int(y0) : int(y1), int(x0) : int(x1)] = 1
         np.testing.assert_allclose(image[:, :, 0], large.reshape(16, 16, 16, 16).mean(axis=(1, 3)), atol=1e-6)
 
 
-def test_sparse_tokens_on_the_grid_are_the_grids_tokens(tokenizer):
-    rectangles = train_rectangles.draw_rectangles(50, np.random.default_rng(1))
-    grid = tokenizer.encode(train_rectangles.draw_images(rectangles)).reshape(50, 169)
-    assert (train_rectangles.encode(rectangles, train_rectangles.GRID_POINTS, tokenizer) == grid).all()
-    chosen = np.array([[3.0, 0.0], [12.0, 7.0]])
-    sparse = train_rectangles.encode(rectangles, np.tile(chosen, (50, 1, 1)), tokenizer)
-    assert (sparse == grid[:, [3, 7 * 13 + 12]]).all()
-
-
-def test_codebook_is_that_of_the_sources_rectangles(tokenizer):
-    assert tokenizer.centroids.shape == (20, 16)
-    assert (tokenizer.patch, tokenizer.stride) == (4, 1)
-    rectangles = train_rectangles.training_rectangles(argparse.Namespace(rectangles=100, seed=0))
-    patches = maskgit.image_patches(train_rectangles.draw_images(rectangles), 4, 1).reshape(-1, 16)
+def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_grids(tokenizer):
+    assert tokenizer.centroids.shape == (20, 16) and (tokenizer.patch, tokenizer.stride) == (4, 1)
+    images = train_rectangles.draw_images(train_rectangles.draw_rectangles(100, [0, 0]))
+    patches = maskgit.image_patches(images, 4, 1).reshape(-1, 16)
     labels = tokenizer.nearest(patches)
     for code, centroid in enumerate(tokenizer.centroids):  # each is the mean of what it stands for
         np.testing.assert_allclose(centroid, patches[labels == code].mean(axis=0), atol=0.05)
-
-
-def test_point_samplings():
-    rng = np.random.default_rng(0)
-    rectangles = train_rectangles.draw_rectangles(300, rng)
-    edges = train_rectangles.draw_points("edges", rectangles, 8, rng)
-    mixed = train_rectangles.coverage(rectangles, edges).mean(axis=-1)
-    assert ((mixed > 0) & (mixed < 1))[:, ::2].mean() > 0.99
-    assert ((mixed > 0) & (mixed < 1))[:, 1::2].mean() < 0.7
-    cornerless = train_rectangles.draw_points("cornerless", rectangles, 8, rng)
-    for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
-        for (x, y), corner_x, corner_y in itertools.product(points, (x0, x1), (y0, y1)):
-            assert not (x < corner_x < x + 4 and y < corner_y < y + 4)
-    for points in (edges, cornerless):
-        assert points.min() >= 0 and points.max() <= 12
+    rectangles = train_rectangles.draw_rectangles(50, 1, "sparse")
+    grid = tokenizer.encode(train_rectangles.draw_images(rectangles)).reshape(50, 169)
+    assert (tokenizer.nearest(train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)) == grid).all()
+    chosen = np.tile([[3.0, 0.0], [12.0, 7.0]], (50, 1, 1))
+    assert (tokenizer.nearest(train_rectangles.coverage(rectangles, chosen)) == grid[:, [3, 7 * 13 + 12]]).all()
 
 
 def test_soft_targets_weigh_codes_by_distance():
-    tokenizer = PatchTokenizer(np.array([[0.0], [0.3], [2.0]]), patch=1)
-    targets = train_rectangles.soft_targets(tokenizer, 0.5)
-    weights = np.exp(-(np.array([0.0, 0.3, 2.0]) ** 2) / 0.25)
-    np.testing.assert_allclose(targets[0], weights / weights.sum(), atol=1e-6)
-    np.testing.assert_allclose(targets.sum(dim=1), 1, atol=1e-6)
+    centroids = np.array([0.0, 0.3, 2.0])
+    weights = np.exp(-(((centroids[:, None] - centroids) / 0.5) ** 2))
+    targets = train_rectangles.soft_targets(PatchTokenizer(centroids[:, None], patch=1), 0.5)
+    np.testing.assert_allclose(targets, weights / weights.sum(axis=1, keepdims=True), atol=1e-6)
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
@@ -1584,193 +1389,215 @@ def test_batches_depend_on_the_step_alone(tokenizer):
     for step in (4, 0):
         assert all((a == b).all() for a, b in zip(first(step), second(step), strict=True))
     assert not torch.equal(first(0)[2], first(1)[2])
-    settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures
-    settings.task = "grid"
-    shown = {
-        tuple(tokens)
-        for step in range(5)
-        for tokens in train_rectangles.make_batch(tokenizer, settings)(step)[0].tolist()
-    }
-    assert len(shown) == 2
+    settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points
+    for settings.task, settings.fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
+        batch = train_rectangles.make_batch(tokenizer, settings)
+        assert len({str(row) for step in range(5) for row in batch(step)[shown].tolist()}) == 2
 
 
-def test_posterior_equals_rejection_sampling(tokenizer):
+def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior(tokenizer):
     """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
-    rng = np.random.default_rng(0)
-    truth = train_rectangles.draw_rectangles(3, rng)
-    test = train_rectangles.make_test(SPARSE, truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
-    prior = train_rectangles.draw_rectangles(100_000, rng)
-    hidden_so_far = 0
+    truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (3, 100_000))
+    test = train_rectangles.make_test("sparse", truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
+    posterior = iter(test.posterior.numpy())
     for points, tokens, mask in zip(test.points, test.tokens, test.mask, strict=True):
-        drawn = train_rectangles.encode(prior, points, tokenizer)
+        drawn = tokenizer.nearest(train_rectangles.coverage(prior, points))
         agreeing = drawn[(drawn == tokens)[:, ~mask].all(axis=1)]
         assert len(agreeing) > 200
         for position in np.flatnonzero(mask):
             expected = np.bincount(agreeing[:, position], minlength=20) / len(agreeing)
-            found = test.posterior[hidden_so_far].numpy()
-            assert np.abs(found - expected).sum() / 2 < 0.1
-            hidden_so_far += 1
-
-
-def test_posterior_of_everything_hidden_is_the_prior(tokenizer):
-    """Whatever the chain starts from: the share of prior rectangles that leave a patch empty is known exactly."""
-    truth = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1))
-    points, mask = np.tile([[0.0, 0.0]], (40, 1, 1)), np.ones((40, 1), dtype=bool)
-    chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, np.random.default_rng(0))
+            assert np.abs(next(posterior) - expected).sum() / 2 < 0.1
+    # With a single, hidden patch the chain reaches the prior whatever it starts from. Two uniform corners in [0, 16] at
+    # least 2 apart are both in [4, 16], on an axis, with the probability (10 / 14)^2; one such axis leaves it empty.
+    truth, points = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1)), np.zeros((40, 1, 2))
+    rng, mask = np.random.default_rng(0), np.ones((40, 1), dtype=bool)
+    chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, rng, "sparse")
     states = np.concatenate([state.copy() for state, _ in itertools.islice(chain, 1000, 3000, 10)])
-    # Two uniform corners in [0, 16] at least 2 apart: both in [4, 16] has the probability (10 / 14)^2 on an axis.
-    empty = 1 - (1 - (10 / 14) ** 2) ** 2
-    found = (train_rectangles.coverage(states, np.zeros((1, 2))).sum(axis=(1, 2)) == 0).mean()
-    assert found == pytest.approx(empty, abs=0.04)
+    empty = (train_rectangles.coverage(states, points[0]).sum(axis=(1, 2)) == 0).mean()
+    assert empty == pytest.approx(1 - (1 - (10 / 14) ** 2) ** 2, abs=0.04)
 
 
-@pytest.mark.parametrize("settings", [SPARSE, GRID])
-def test_the_posteriors_draws_agree_with_what_is_visible(settings, tokenizer):
-    rectangles = train_rectangles.unseen_rectangles(settings, 20, 5)
-    test = train_rectangles.make_test(settings, rectangles, tokenizer, proposals=200)
-    drawn = train_rectangles.encode(test.draws, test.points, tokenizer)
-    assert (drawn == test.tokens)[~test.mask].all()
-    assert not np.array_equal(test.draws, rectangles)
+@pytest.mark.parametrize(("task", "count", "proposals"), [("sparse", 60, 2000), ("grid", 20, 200)])
+def test_the_posterior_agrees_with_what_is_visible_and_is_the_limit(task, count, proposals, tokenizer, monkeypatch):
+    rectangles = train_rectangles.draw_rectangles(count, 5, task)
+    test = train_rectangles.make_test(task, rectangles, tokenizer, proposals=proposals)
+    drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
+    assert (drawn == test.tokens)[~test.mask].all() and not np.array_equal(test.draws, rectangles)
+    assert (test.draws * 16 == np.rint(test.draws * 16)).all() == (task == "grid")
     assert (test.posterior.sum(dim=1) - 1).abs().max() < 1e-5
-    if settings is GRID:
-        assert (test.draws * 16 == np.rint(test.draws * 16)).all()
-        half = train_rectangles.make_test(settings, rectangles, tokenizer, mask="half")
-        assert half.mask.reshape(20, 13, 13).all(axis=(0, 1)).tolist() == [True] * 6 + [False] * 7
-        assert half.mask.sum() == 20 * 13 * 6
-
-
-def test_score_of_the_posterior_itself_is_the_limit(tokenizer, monkeypatch):
-    rectangles = train_rectangles.unseen_rectangles(SPARSE, 60, 5)
-    test = train_rectangles.make_test(SPARSE, rectangles, tokenizer, proposals=2000)
     monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: test.posterior.log().clamp(min=-50))
-    perfect = train_rectangles.score(None, test)
+    perfect, codes = train_rectangles.score(None, test), test.tokens[test.mask]
     assert perfect["cross_entropy"] == pytest.approx(perfect["limit"], rel=1e-5)
     assert perfect["accuracy"] == perfect["posterior_accuracy"]
-    codes = test.tokens[test.mask]
     assert perfect["commonest"] == pytest.approx(max(np.mean(codes == code) for code in range(20)))
-    assert perfect["hits"] == perfect["posterior_hits"]
-    assert perfect["hits"] == pytest.approx(perfect["accuracy"], abs=0.08)
-    uniform = torch.full_like(test.posterior, 1 / 20).log()
-    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: uniform)
+    assert perfect["hits"] == perfect["posterior_hits"] == pytest.approx(perfect["accuracy"], abs=0.08)
+    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: torch.full_like(test.posterior, 0.05).log())
     assert train_rectangles.score(None, test)["cross_entropy"] == pytest.approx(math.log(20), rel=1e-5)
 
 
-def test_picture_error_by_hand(tokenizer):
-    rectangles = train_rectangles.draw_rectangles(2, np.random.default_rng(0), 16)
-    tokens = train_rectangles.encode(rectangles, train_rectangles.GRID_POINTS, tokenizer)
-    found = train_rectangles.picture_errors(tokens, tokenizer, rectangles)
-    for i, rectangle in enumerate(rectangles):
-        cells = [[[] for _ in range(16)] for _ in range(16)]
-        for position, code in enumerate(tokens[i]):
-            for cell, value in enumerate(tokenizer.centroids[code]):
-                cells[position // 13 + cell // 4][position % 13 + cell % 4].append(value)
-        stitched = np.array([[np.mean(values) for values in row] for row in cells])
-        truth = train_rectangles.draw_images(rectangle[None])[0, :, :, 0]
-        assert found[i] == pytest.approx(np.abs(stitched - truth).mean(), rel=1e-4)
+def test_picture_errors_by_hand(tokenizer, monkeypatch):
+    test = train_rectangles.make_test("grid", train_rectangles.draw_rectangles(2, 0), tokenizer, mask="half")
+    assert test.mask.reshape(2, 13, 13).tolist() == [[[True] * 6 + [False] * 7] * 13] * 2
+    drawn, likeliest = np.random.default_rng(0).integers(20, size=(2, 2, 169))
+    monkeypatch.setattr(train_rectangles, "fill", lambda *_, sample=None: likeliest if sample else drawn)
+    found, errors = train_rectangles.score_pictures(None, test, tokenizer), {}
+    for name, tokens in {"drawn": drawn, "likeliest": likeliest, "tokenizer": test.tokens}.items():
+        sheets = np.full((169, 2, 16, 16), np.nan)  # a sheet for each patch
+        for k, (y, x) in enumerate(np.ndindex(13, 13)):
+            sheets[k, :, y : y + 4, x : x + 4] = tokenizer.centroids[tokens[:, k]].reshape(2, 4, 4)
+        difference = np.nanmean(sheets, axis=0) - train_rectangles.draw_images(test.rectangles)[..., 0]
+        errors[name] = np.abs(difference).mean(axis=(1, 2))
+        assert found[name] == pytest.approx(errors[name].mean(), rel=1e-4)
+    excess = errors["likeliest"] - errors["tokenizer"]
+    assert found["likeliest_excess"] == pytest.approx([excess.mean(), excess.std() / 2**0.5], rel=1e-3)
 
 
 def test_patches_are_drawn_where_they_lie(tokenizer):
-    cell = train_rectangles.CELL
-    brightest = tokenizer.centroids.mean(axis=1).argmax()
+    cell, brightest = train_rectangles.CELL, tokenizer.centroids.mean(axis=1).argmax()
     drawn = train_rectangles.draw_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
     rows, columns = np.nonzero(drawn != train_rectangles.GREY)
-    assert (rows.min(), rows.max()) == (10 * cell, 14 * cell - 1)
-    assert (columns.min(), columns.max()) == (cell // 2, cell // 2 + 4 * cell - 1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10 * cell, 14 * cell - 1, 6, 6 + 4 * cell - 1)
     boxed = train_rectangles.draw_boxes(drawn, [(2, 3, 5, 6, (255, 0, 0))])
-    assert boxed[3 * cell, 3 * cell].tolist() == [1, 0, 0]
-    assert boxed[6 * cell - 1, 5 * cell - 1].tolist() == [1, 0, 0]
+    assert boxed[3 * cell, 3 * cell].tolist() == boxed[6 * cell - 1, 5 * cell - 1].tolist() == [1, 0, 0]
     assert boxed[6 * cell, 5 * cell].tolist() != [1, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------
-# train_rectangles.py as a user runs it
+# train_squares.py and train_rectangles.py as a user runs them
 
+TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batch-size", "16", "--draws", "20"]
+TINY += ["--device", "cpu", "--precision", "float32"]
 SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch-size", "8", "--steps", "4"]
 SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
+FIXED = "--task sparse --rectangles 3 --fixed-points --soft-targets 0.5 --sampling edges"
+POINTS = "6 points, 12 points, 48 points, 96 points"
 
 
-def call_rectangles(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train_rectangles.py", *map(str, arguments)])
-    train_rectangles.main()
+def call(monkeypatch, script, *arguments):
+    """Run a script in this process as its command line would be; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    try:
+        maskgit.run_as_script(script.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
 
 
 @pytest.mark.parametrize(
-    ("options", "scored", "table"),
+    ("script", "options", "scored", "printed"),
     [
-        (["--task", "grid"], ["unseen rectangles", "cosine masking", "left half hidden"], "mean error of a cell"),
-        (["--task", "sparse"], ["unseen rectangles", "6 points", "12 points", "48 points", "96 points"], "share"),
-        (
-            ["--task", "sparse", "--rectangles", "3", "--fixed-points", "--soft-targets", "0.5", "--sampling", "edges"],
-            ["unseen rectangles", "training rectangles", "6 points", "12 points", "48 points", "96 points"],
-            "training rectangles",
-        ),
+        (train_squares, "", "cosine, single, 0.2", "cosine masking, one masked pixel"),
+        (train_rectangles, "", "unseen rectangles, cosine masking, left half hidden", "mean error of a cell"),
+        (train_rectangles, "--task sparse", f"unseen rectangles, {POINTS}", "share"),
+        (train_rectangles, FIXED, f"unseen rectangles, training rectangles, {POINTS}", "training rectangles"),
     ],
 )
-def test_rectangles_run_leaves_what_it_promises(options, scored, table, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    call_rectangles(monkeypatch, *options, *SMALL, "--out", out, "--json", tmp_path / "copy.json")
-    assert {path.name for path in out.iterdir()} == {
-        *("model.pt", "log.csv", "metrics.json", "loss.png", "samples.png", "rectangles.png", "centroids.png")
-    }
-    figures = json.loads((out / "metrics.json").read_text())
-    assert list(figures["scores"]) == scored
-    assert figures == json.loads((tmp_path / "copy.json").read_text())
-    printed = capsys.readouterr().out
-    assert table in printed and str(out / "samples.png") in printed
-    for row in figures["scores"].values():
-        assert row["cross_entropy"] >= row["limit"] and row["accuracy"] <= row["posterior_accuracy"] + 1e-6
-    checkpoint = load_checkpoint(out / "model.pt")
-    assert checkpoint["tokenizer"].centroids.shape == (20, 16)
-    assert checkpoint["model"].mask_id == 20
-    monkeypatch.setattr(train_rectangles, "fit_tokenizer", None)  # a resumed run takes the one it has
-    call_rectangles(monkeypatch, *options, *SMALL, "--out", out, "--resume")
-    again = json.loads((out / "metrics.json").read_text())
-    assert again["scores"] == figures["scores"]
-    with pytest.raises(ValueError, match="holds a run already"):
-        call_rectangles(monkeypatch, *options, *SMALL, "--out", out)
+def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_path, monkeypatch, capsys):
+    out, copy, squares = tmp_path / "run", tmp_path / "new folder" / "figures.json", script is train_squares
+    arguments = [*(TINY if squares else SMALL), "--steps", "4", *options.split(), "--out", out]
+    assert call(monkeypatch, script, *arguments, "--json", copy) == 0
+    screen, figures = capsys.readouterr().out, json.loads(copy.read_text())
+    assert all(text in screen for text in [*printed.split(", "), str(out / "samples.png")])
+    pictures = ("prior.png", "decode.gif") if squares else ("rectangles.png", "centroids.png")
+    pictures += ("loss.png", "samples.png")
+    assert {path.name for path in out.iterdir()} == {"model.pt", "log.csv", "metrics.json", *pictures}
+    for name in pictures:
+        Image.open(out / name).verify()
+    assert figures == json.loads((out / "metrics.json").read_text())
+    assert {
+        "command",
+        "commit",
+        "machine",
+        "settings",
+        "seconds",
+        "completions" if squares else "log",
+    } <= figures.keys()
+    scores = figures["tasks" if squares else "scores"]
+    assert ", ".join(scores) == scored
+    for row in scores.values():
+        assert row["cross_entropy"] >= row["limit"] and row["accuracy"] <= row["posterior_accuracy"]
+        assert squares == (row.get("kl", 0) > 0)
+    saved, before = load_checkpoint(out / "model.pt"), (out / "model.pt").read_bytes()
+    assert saved["model"].mask_id == (2 if squares else 20)
+    assert squares or saved["tokenizer"].centroids.shape == (20, 16)
+    assert call(monkeypatch, script, *arguments) == 2, "a finished run is not overwritten"
+    assert "holds a run already" in capsys.readouterr().err and (out / "model.pt").read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rectangles, "fit_tokenizer", None)  # a resumed run takes the one it has
+        assert call(patch, script, *arguments, "--resume") == 0
+    assert json.loads((out / "metrics.json").read_text())["tasks" if squares else "scores"] == scores
+    assert call(monkeypatch, script, *arguments, "--force", "--steps", "5") == 0
+    assert load_checkpoint(out / "model.pt")["step"] == 5
 
 
-def test_rectangles_refuse_to_resume_a_run_of_the_squares(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "model.pt", tiny_model())
-    with pytest.raises(ValueError, match="run of another script"):
-        call_rectangles(monkeypatch, *SMALL, "--resume", "--out", tmp_path)
+def test_killed_run_resumes_to_the_very_same_weights(tmp_path, monkeypatch):
+    arguments = [*TINY, "--steps", "400", "--checkpoint-steps", "20", "--dropout", "0.1", "--ema", "0.9"]
+    assert call(monkeypatch, train_squares, *arguments, "--out", tmp_path / "undisturbed") == 0
+    out = tmp_path / "killed"
+    script = [sys.executable, HERE / "train_squares.py", *arguments, "--out", out]
+    with subprocess.Popen(script, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (out / "model.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    assert 0 < load_checkpoint(out / "model.pt")["step"] < 400
+    assert call(monkeypatch, train_squares, *arguments, "--out", out, "--resume") == 0
+    runs = (load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("killed", "undisturbed"))
+    assert torch.equal(*map(weights, runs))
 
 
-def test_remedies_on_a_small_scale(tmp_path, monkeypatch, capsys):
-    call_rectangles(monkeypatch, "--remedies", *SMALL, "--out", tmp_path / "run")
-    figures = json.loads((tmp_path / "run" / "remedies.json").read_text())
-    assert len(figures["runs"]) == 2 * 4 * 3
-    assert len({(row["variant"], row["seed"]) for row in figures["runs"]}) == 24
-    curves = {row["variant"]: tuple(row["curve"]) for row in figures["runs"] if row["seed"] == 0}
-    assert len(set(curves.values())) == 8  # each variant trains in a way of its own
-    assert (tmp_path / "run" / "remedies.png").is_file()
+def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
+    small, out = [*TINY, "--grid", "4", "--max-side", "3", "--steps", "6"], ["--out", tmp_path]
+    assert call(monkeypatch, train_squares, *small, *out) == 0
+    monkeypatch.setattr(train_squares, "ORDERS", {name: train_squares.ORDERS[name] for name in ("entropy", "random")})
+    monkeypatch.setattr(maskgit, "SCHEDULES", {name: SCHEDULES[name] for name in ("cosine", "linear")})
+    assert call(monkeypatch, train_squares, "--completions", "--draws", "20", *out) == 0
+    rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
+    combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
+    assert len(rows) == len(combinations) == (3 + 1) * 2 * 7 * 2  # inputs and schedules, orders, steps, marginals
+    monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
+    monkeypatch.setattr(train_squares, "ABLATION", train_squares.ABLATION | {"dim": 8, "layers": 1})
+    assert call(monkeypatch, train_squares, "--ablation", "--steps", "4", *out, "--device", "cpu") == 0
+    assert len(json.loads((tmp_path / "ablation.json").read_text())["runs"]) == 3 * 9  # variants
+    assert call(monkeypatch, train_rectangles, "--remedies", *SMALL, "--out", tmp_path / "run") == 0
+    runs = json.loads((tmp_path / "run" / "remedies.json").read_text())["runs"]
+    assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
+    assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
     assert "100 rectangles, no corners" in capsys.readouterr().out
+    for name in ("ablation.png", "completions_model.png", "completions_exact.png", "run/remedies.png"):
+        Image.open(tmp_path / name).verify()
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("message", "squares", "rectangles"),
     [
-        ["--task", "round"],
-        ["--mask", "sideways"],
-        ["--mask", "0.2+1.5"],
-        ["--soft-targets", "-1"],
-        ["--rectangles", "0"],
-        ["--fixed-points"],
-        ["--points", "1"],
-        ["--dim", "18"],
-        ["--device", "abacus"],
-        ["--resume", "--out", "nowhere"],
+        ("is below", "--steps 0, --lr -1, --lr nan, --draws 0", "--soft-targets -1, --rectangles 0, --points 1"),
+        ("is not in [0, 1)", "--dropout 1, --ema 2", ""),
+        ("invalid", "--steps many, --norm none, --preset post3", "--task round"),
+        ("unrecognized", "--stepz 3", ""),
+        ("is no mask", "--mask half", "--mask sideways"),
+        ("between 0 and 1", "--mask 1.5", "--mask 0.2+1.5"),
+        ("do not fit a grid of", "--grid 4 --max-side 5, --min-side 4 --max-side 3", ""),
+        ("divisible by", "--heads 5, --dim 6 --heads 2", "--dim 18"),
+        ("belongs to the cosine head", "--learn-temperature", ""),
+        ("device", "--device tpu, --device cuda:99", "--device abacus"),
+        ("cannot be split", "--accumulate 1000", ""),
+        ("there is no checkpoint", "--resume, --completions", "--resume --out nowhere"),
+        ("Not a directory", "--out file/run", ""),
+        ("needs a number of --rectangles", "", "--fixed-points"),
+        ("those of the sparse task", "", "--remedies --task grid"),
+        ("run of another script", "", "--resume --out squares"),
     ],
 )
-def test_rectangles_bad_input_gets_one_line_and_code_2(arguments, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_code_2(message, squares, rectangles, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_rectangles.py", *SMALL, *arguments])
-    with pytest.raises(SystemExit) as stop:
-        maskgit.run_as_script(train_rectangles.main)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
+    Path("file").write_text("in the way")
+    save_checkpoint("squares/model.pt", tiny_model())
+    for script, inputs in ((train_squares, squares), (train_rectangles, rectangles)):
+        for arguments in filter(None, inputs.split(", ")):
+            assert call(monkeypatch, script, *arguments.split()) == 2, arguments
+            complaint = capsys.readouterr().err
+            assert complaint.startswith("error: ") and complaint.count("\n") == 1 and message in complaint, arguments
+            assert sorted(path.name for path in Path().rglob("*")) == ["file", "model.pt", "squares"], arguments
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -15,37 +15,14 @@ A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (-
 
 import argparse
 import functools
+import itertools
 import math
 import time
 
 import numpy as np
 import torch
 
-from maskgit import (
-    SCHEDULES,
-    CommandLine,
-    at_least,
-    decode,
-    fast_precision,
-    grid_coords,
-    image_grid,
-    line_plot,
-    load_checkpoint,
-    mask_kind,
-    open_run,
-    pick_device,
-    precision_context,
-    print_table,
-    process_rank,
-    random_mask,
-    run_as_script,
-    run_record,
-    save_gif,
-    step_seed,
-    train_as_set,
-    training_mask,
-    write_figures,
-)
+import maskgit
 
 BLACK, WHITE, MASK_ID = 0, 1, 2
 TASKS = {"cosine": "cosine masking", "single": "one masked pixel", "0.2": "20 % masked"}
@@ -61,11 +38,10 @@ def all_squares(grid, min_side, max_side):
         raise ValueError(f"sides {min_side} to {max_side} do not fit a grid of {grid}; need 1 <= min <= max <= grid")
     images = []
     for side in range(min_side, max_side + 1):
-        for top in range(grid - side + 1):
-            for left in range(grid - side + 1):
-                image = torch.zeros(grid, grid, dtype=torch.int64)
-                image[top : top + side, left : left + side] = WHITE
-                images.append(image.flatten())
+        for top, left in itertools.product(range(grid - side + 1), repeat=2):
+            image = torch.zeros(grid, grid, dtype=torch.int64)
+            image[top : top + side, left : left + side] = WHITE
+            images.append(image.flatten())
     return torch.stack(images)
 
 
@@ -77,10 +53,8 @@ def consistent(prior, tokens, mask):
 
 
 def posterior(prior, tokens, mask):
-    """The exact probability of white at every pixel, given the visible ones: (B, T).
-
-    The mean of all images of the prior that agree with them; 0 where none does.
-    """
+    """The exact probability of white at every pixel: the mean of all images of the prior that agree with the visible
+    ones, 0 where none does. (B, T)"""
     agree = consistent(prior, tokens, mask).float()
     return agree @ prior.float() / agree.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -99,56 +73,65 @@ class ExactModel:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training data
+# Training data, and scores against the posterior
+
+# Images and masks that no training run draws, unless its seed is as large.
+VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
+VALIDATION_COUNT, TEST_COUNT = 256, 4096
 
 
 def make_batch(prior, settings):
     """batch(step) for train(): each epoch shows every image `presentations` times in a random order."""
-    coords = grid_coords(settings.grid, settings.grid)
-    seed, size, epoch_length = settings.seed, settings.batch_size, len(prior) * settings.presentations
+    coords = maskgit.grid_coords(settings.grid, settings.grid)
+    size, epoch_length = settings.batch_size, len(prior) * settings.presentations
 
     @functools.lru_cache(maxsize=4)
     def epoch_order(epoch):
-        generator = torch.Generator().manual_seed(step_seed(seed, -1 - epoch))
+        generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, -1 - epoch))
         return torch.randperm(epoch_length, generator=generator) % len(prior)
 
     def batch(step):
         first = step * size
         epochs = range(first // epoch_length, (first + size - 1) // epoch_length + 1)
-        stream = torch.cat([epoch_order(epoch) for epoch in epochs])
-        start = first - epochs[0] * epoch_length
-        tokens = prior[stream[start : start + size]]
-        mask = training_mask(tokens.shape, settings.mask, torch.Generator().manual_seed(step_seed(seed, step)))
-        return tokens, mask, coords
+        order = torch.cat([epoch_order(epoch) for epoch in epochs])[first % epoch_length :]
+        tokens = prior[order[:size]]
+        generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, step))
+        return tokens, maskgit.training_mask(tokens.shape, settings.mask, generator), coords
 
     return batch
 
 
-# ---------------------------------------------------------------------------------------------------
-# Scores against the posterior
+def test_set(prior, kind, count, seed):
+    """Tokens (count, T), mask (count, T), and the exact probability of white at each hidden pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
+    mask = maskgit.training_mask(tokens.shape, kind, generator)
+    return tokens, mask, posterior(prior, tokens, mask)[mask]
 
 
 @torch.no_grad()
 def score(model, prior, kind, count, seed):
-    """Cross-entropy and accuracy on hidden pixels, and the posterior's own, over `count` images.
-
-    Both are expectations over everything the hidden pixels can be, so cross_entropy - limit is exactly the
-    mean KL divergence from the posterior, in nats per hidden pixel.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
-    mask = training_mask(tokens.shape, kind, generator)
-    device, side = next(model.parameters()).device, math.isqrt(tokens.shape[1])
-    coords = grid_coords(side, side).to(device)
-    inputs = tokens.masked_fill(mask, MASK_ID).split(1024)
+    """Cross-entropy and accuracy on hidden pixels, and the posterior's own, over `count` images: expectations over
+    everything the hidden pixels can be, so cross_entropy - limit is exactly the mean KL divergence from the
+    posterior, in nats per hidden pixel."""
+    tokens, mask, white = test_set(prior, kind, count, seed)
+    device, side = next(model.parameters()).device, math.isqrt(prior.shape[1])
+    coords, inputs = maskgit.grid_coords(side, side).to(device), tokens.masked_fill(mask, MASK_ID).split(1024)
     log_probs = torch.cat([model(part.to(device), coords).float().log_softmax(dim=-1).cpu() for part in inputs])[mask]
-    white = posterior(prior, tokens, mask)[mask]
     truth = torch.stack([1 - white, white], dim=-1)  # (hidden pixels, 2)
     limit = torch.special.entr(truth).sum(dim=-1).mean().item()
     cross_entropy = -(truth * log_probs).sum(dim=-1).mean().item()
     accuracy = truth.gather(-1, log_probs.argmax(dim=-1, keepdim=True)).mean().item()
     result = {"cross_entropy": cross_entropy, "limit": limit, "kl": cross_entropy - limit}
     return result | {"accuracy": accuracy, "posterior_accuracy": truth.amax(dim=-1).mean().item()}
+
+
+def cosine_head_limit(prior, kind, count):
+    """The lowest expected cross-entropy that two cosine similarities allow. They differ by at most 2, so the best
+    is the posterior kept within sigmoid(-2) .. sigmoid(2)."""
+    white = test_set(prior, kind, count, TEST_SEED)[2]
+    least = torch.sigmoid(torch.tensor(-2.0))
+    return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -164,26 +147,31 @@ ORDERS = {
 }
 
 
+def fill(model, tokens, mask, device, seed, **options):
+    """The tokens with the hidden ones filled in by decode: (B, T)."""
+    side, generator = math.isqrt(tokens.shape[1]), torch.Generator(device).manual_seed(seed)
+    tokens, mask, coords = tokens.to(device), mask.to(device), maskgit.grid_coords(side, side).to(device)
+    return maskgit.decode(model, tokens, mask, coords, generator=generator, **options).cpu()
+
+
 def completion_inputs(prior, draws, seed):
     """{name: (tokens, mask)}, `draws` rows each: nothing is visible, half of the pixels, or the left half."""
     side, generator = math.isqrt(prior.shape[1]), torch.Generator().manual_seed(seed)
     images = prior[torch.randint(len(prior), (20,), generator=generator)]
-    right = (grid_coords(side, side)[:, 0] >= side / 2).expand(len(images), -1)
+    right = (maskgit.grid_coords(side, side)[:, 0] >= side / 2).expand(images.shape)
+    half = maskgit.random_mask(images.shape, 0.5, generator)
+    masks = {"nothing visible": torch.ones_like(half), "random half": half, "left half": right}
     rows = torch.arange(draws) * len(images) // draws
-    masks = {"nothing visible": torch.ones_like(right), "random half": random_mask(images.shape, 0.5, generator)}
-    return {name: (images[rows], mask[rows]) for name, mask in (masks | {"left half": right}).items()}
+    return {name: (images[rows], mask[rows]) for name, mask in masks.items()}
 
 
 def total_variation(prior, tokens, mask, matches):
     """Half the summed difference between the completions' frequencies and the posterior's probabilities, averaged
     over the different inputs; and what exact sampling would show on average with as many draws.
-
-    matches: bool (B, M), which image of the prior each completion is.
-    """
-    inputs = tokens.masked_fill(mask, MASK_ID)
-    group = torch.unique(inputs, dim=0, return_inverse=True)[1]
+    matches: bool (B, M), which image of the prior each completion is."""
+    inputs, group = torch.unique(tokens.masked_fill(mask, MASK_ID), dim=0, return_inverse=True)
     rng, found, floor = np.random.default_rng(0), [], []
-    for g in range(int(group.max()) + 1):
+    for g in range(len(inputs)):
         rows = group == g
         agree = consistent(prior, tokens[rows][:1], mask[rows][:1])[0].double()
         truth, draws = (agree / agree.sum()).numpy(), int(rows.sum())
@@ -198,16 +186,8 @@ def total_variation(prior, tokens, mask, matches):
 def judge(model, prior, tokens, mask, device, options, seed):
     """Decode with `options`; returns the share of valid completions, their total variation from the posterior and
     the floor of that, and the network calls per image."""
-    side, trace = math.isqrt(prior.shape[1]), []
-    completed = decode(
-        model,
-        tokens.to(device),
-        mask.to(device),
-        grid_coords(side, side).to(device),
-        generator=torch.Generator(device).manual_seed(seed),
-        trace=trace,
-        **options,
-    ).cpu()
+    trace = []
+    completed = fill(model, tokens, mask, device, seed, trace=trace, **options)
     matches = (completed[:, None] == prior).all(dim=-1)  # (B, M)
     valid = (matches & consistent(prior, tokens, mask)).any(dim=1).float().mean().item()
     unfinished = [mask.any(dim=1)] + [hidden.any(dim=1).cpu() for _, hidden in trace[:-1]]
@@ -217,126 +197,100 @@ def judge(model, prior, tokens, mask, device, options, seed):
     return result | {"calls": calls.mean().item(), "most_calls": int(calls.max())}
 
 
-def compare_orders(model, prior, device, inputs, decoders, seed):
+def compare_orders(model, prior, device, inputs, decoders):
     """A row per input, order and kind of marginals: the trained model's, and the exact posterior's in its place."""
     rows = []
     for given, (tokens, mask) in inputs.items():
         for order, options in decoders:
             for marginals, predictor in (("model", model), ("exact", ExactModel(prior.to(device)))):
-                result = judge(predictor, prior, tokens, mask, device, ORDERS[order] | options, seed)
+                result = judge(predictor, prior, tokens, mask, device, ORDERS[order] | options, TEST_SEED)
                 rows.append({"given": given, "order": order, **options, "marginals": marginals, **result})
     return rows
 
 
+def print_completions(rows):
+    head = ["completions", "given", "marginals", "steps", "valid", "total variation", "exact sampling", "calls"]
+    line = "{order}|{given}|{marginals}|{steps}|{valid:.1%}|{total_variation:.3f}|{exact_sampling:.3f}|{calls:.1f}"
+    maskgit.print_table(head, [line.format(**{"steps": ""} | row).split("|") for row in rows])
+
+
 # ---------------------------------------------------------------------------------------------------
-# Pictures
+# One run, and its pictures
 
 
-def as_images(tokens, side):
+def as_images(tokens):
     """Tokens (B, T) as images (B, side, side, 1): black, white, and grey where hidden."""
+    side = math.isqrt(tokens.shape[1])
     return np.array([0.0, 1.0, 0.5], dtype=np.float32)[tokens.cpu().numpy()].reshape(-1, side, side, 1)
 
 
-def draw_samples(model, prior, side, device, seed):
+def draw_samples(model, prior, device):
     """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, the left half given."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(TEST_SEED)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
-    right = (grid_coords(side, side)[:, 0] >= side / 2).expand(4, -1)
-    masks = [training_mask((4, side * side), kind, generator) for kind in ("0.2", "cosine", "0.5")] + [right]
-    mask = torch.cat(masks)
-    masked = truth.masked_fill(mask, MASK_ID)
-    coords, decoder = grid_coords(side, side).to(device), torch.Generator(device).manual_seed(seed)
-    filled = decode(model, truth.to(device), mask.to(device), coords, generator=decoder)
-    images = np.stack([as_images(tokens, side) for tokens in (masked, filled, truth)], axis=1)
-    return image_grid(images.reshape(-1, side, side, 1), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
+    masks = [maskgit.training_mask((4, prior.shape[1]), kind, generator) for kind in ("0.2", "cosine", "0.5")]
+    mask = torch.cat([*masks, completion_inputs(prior, 4, TEST_SEED)["left half"][1]])
+    filled = fill(model, truth, mask, device, TEST_SEED)
+    columns = torch.stack([truth.masked_fill(mask, MASK_ID), filled, truth], dim=1)  # (16, 3, T)
+    return maskgit.image_grid(as_images(columns.flatten(0, 1)), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
 
 
-def draw_generation(model, side, device, seed):
+def draw_generation(model, prior, device):
     """Frames of 12 images that are filled in from nothing."""
-    hidden = torch.ones(12, side * side, dtype=torch.bool, device=device)
-    trace = [(torch.full_like(hidden, MASK_ID, dtype=torch.int64), hidden)]
-    coords, decoder = grid_coords(side, side).to(device), torch.Generator(device).manual_seed(seed)
-    decode(model, trace[0][0], hidden, coords, generator=decoder, trace=trace)
-    return [image_grid(as_images(tokens, side), 6, scale=12) for tokens, _ in trace]
-
-
-# ---------------------------------------------------------------------------------------------------
-# One run
+    nothing = torch.full((12, prior.shape[1]), MASK_ID)
+    trace = [(nothing, nothing == MASK_ID)]
+    fill(model, *trace[0], device, TEST_SEED, trace=trace)
+    return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in trace]
 
 
 def train_model(settings, prior, device, out=None):
     """A trained MaskGIT, and the rows of its log with the expected cross-entropy on unseen masks in each."""
-    return train_as_set(
-        settings,
-        2,
-        make_batch(prior, settings),
-        device,
-        out=out,
-        may_change=("preset", "completions", "ablation", "draws"),
-        validate=lambda model: {
-            "cross_entropy": score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)["cross_entropy"]
-        },
-    )
+
+    def validate(model):
+        result = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
+        return {"cross_entropy": result["cross_entropy"]}
+
+    batch, may_change = make_batch(prior, settings), ("preset", "completions", "ablation", "draws")
+    return maskgit.train_as_set(settings, 2, batch, device, out=out, may_change=may_change, validate=validate)
 
 
 def run(settings):
-    device, out = open_run(settings), settings.out
-    side = settings.grid
-    prior = all_squares(side, settings.min_side, settings.max_side)
+    device, out = maskgit.open_run(settings), settings.out
+    prior = all_squares(settings.grid, settings.min_side, settings.max_side)
     model, history = train_model(settings, prior, device, out)
-    if process_rank()[0] > 0:
+    if maskgit.process_rank()[0] > 0:
         return
-
     trained = time.monotonic()
-    tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in {settings.mask: "", **TASKS}}
+    tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in dict.fromkeys([settings.mask, *TASKS])}
     inputs = completion_inputs(prior, settings.draws, TEST_SEED)
-    completions = compare_orders(model, prior, device, inputs, [("entropy", {})], TEST_SEED)
+    completions = compare_orders(model, prior, device, inputs, [("entropy", {})])
     nothing = {"nothing visible": inputs["nothing visible"]}
-    completions += compare_orders(model, prior, device, nothing, [("confidence", {"steps": 16})], TEST_SEED)
-    column = {name: [row[name] for row in history] for name in history[0]}
-    unseen = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
-    line_plot(
-        {
-            "training batches": (column["step"], column["loss"]),
-            "unseen masks": (column["step"], column["cross_entropy"]),
-        },
-        title=f"Squares, {TASKS.get(settings.mask, settings.mask)}",
-        x_label="step",
-        y_label="cross-entropy, nats per hidden pixel",
-        references={"posterior, unseen masks": unseen["limit"]},
-        log_y=True,
-    ).save(out / "loss.png")
-    image_grid(as_images(prior, side), 18, scale=4).save(out / "prior.png")
-    draw_samples(model, prior, side, device, TEST_SEED).save(out / "samples.png")
-    save_gif(out / "decode.gif", draw_generation(model, side, device, TEST_SEED))
-    seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
-    parameters = sum(p.numel() for p in model.parameters())
-    figures = {"images": len(prior), "parameters": parameters, "tasks": tasks, "completions": completions}
-    write_figures(settings, {"seconds": seconds, **figures}, settings.out / "metrics.json", settings.json)
+    completions += compare_orders(model, prior, device, nothing, [("confidence", {"steps": 16})])
 
-    print_tasks(tasks)
+    names = {"training batches": "loss", "unseen masks": "cross_entropy"}
+    curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
+    limit = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
+    labels = {"x_label": "step", "y_label": "cross-entropy, nats per hidden pixel"}
+    labels |= {"title": f"Squares, {TASKS.get(settings.mask, settings.mask)}"}
+    plot = maskgit.line_plot(curves, **labels, references={"posterior, unseen masks": limit}, log_y=True)
+    plot.save(out / "loss.png")
+    maskgit.image_grid(as_images(prior), 18, scale=4).save(out / "prior.png")
+    draw_samples(model, prior, device).save(out / "samples.png")
+    maskgit.save_gif(out / "decode.gif", draw_generation(model, prior, device))
+    seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
+    figures = {"seconds": seconds, "images": len(prior), "parameters": sum(p.numel() for p in model.parameters())}
+    figures |= {"tasks": tasks, "completions": completions}
+    maskgit.write_figures(settings, figures, out / "metrics.json", settings.json)
+
+    head = ["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"]
+    line = "{kl:.5f}|{cross_entropy:.4f}|{limit:.4f}|{accuracy:.2%}|{posterior_accuracy:.2%}"
+    rows = [
+        [TASKS.get(kind, kind), *line.format(**row).split("|"), SOURCES.get(kind, "")] for kind, row in tasks.items()
+    ]
+    maskgit.print_table(head, rows)
     print_completions(completions)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
-
-
-def print_tasks(tasks):
-    rows = []
-    for kind, task in tasks.items():
-        row = [TASKS.get(kind, kind), f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
-        row += [f"{task['accuracy']:.2%}", f"{task['posterior_accuracy']:.2%}", SOURCES.get(kind, "")]
-        rows.append(row)
-    print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"], rows)
-
-
-def print_completions(rows):
-    head = ["completions", "given", "marginals", "steps", "valid", "total variation", "exact sampling", "calls"]
-    lines = [
-        [row["order"], row["given"], row["marginals"], str(row.get("steps", "")), f"{row['valid']:.1%}"]
-        + [f"{row['total_variation']:.3f}", f"{row['exact_sampling']:.3f}", f"{row['calls']:.1f}"]
-        for row in rows
-    ]
-    print_table(head, lines)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -346,36 +300,33 @@ def print_completions(rows):
 def run_completions(settings):
     """Every order, schedule and number of steps from nothing, and with half given by the cosine schedule, for the
     model in --out and for exact marginals; then the variants of order="entropy"."""
-    device = pick_device(settings.device)
-    checkpoint = load_checkpoint(settings.out / "model.pt", device)
-    config = checkpoint["config"]
-    prior = all_squares(config["grid"], config["min_side"], config["max_side"])
-    steps = (1, 2, 4, 8, 16, 32, 64)
-    cosine = [(order, {"schedule": "cosine", "steps": t}) for order in ORDERS for t in steps]
-    others = [(o, {"schedule": s, "steps": t}) for o in ORDERS for s in SCHEDULES if s != "cosine" for t in steps]
-    variants = [("entropy", {"steps": 64, "certain": certain}) for certain in (0.0, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2)]
-    variants += [("entropy", {"steps": t}) for t in (8, 12, 16, 20, 24)]
+    device = maskgit.pick_device(settings.device)
+    checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
+    prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
     inputs = completion_inputs(prior, settings.draws, TEST_SEED)
     nothing = {"nothing visible": inputs["nothing visible"]}
-    with precision_context(device, fast_precision(device)):
-        compare = functools.partial(compare_orders, checkpoint["model"], prior, device, seed=TEST_SEED)
+    steps = (1, 2, 4, 8, 16, 32, 64)
+    every = [(o, {"schedule": s, "steps": t}) for o in ORDERS for s in maskgit.SCHEDULES for t in steps]
+    cosine = [(order, options) for order, options in every if options["schedule"] == "cosine"]
+    others = [(order, options) for order, options in every if options["schedule"] != "cosine"]
+    variants = [("entropy", {"steps": 64, "certain": certain}) for certain in (0.0, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2)]
+    variants += [("entropy", {"steps": t}) for t in (8, 12, 16, 20, 24)]
+    with maskgit.precision_context(device, maskgit.fast_precision(device)):
+        compare = functools.partial(compare_orders, checkpoint["model"], prior, device)
         rows = compare(inputs, cosine) + compare(nothing, others)
         figures = {"completions": rows, "entropy_variants": compare(nothing, variants)}
-    write_figures(settings, figures, settings.out / "completions.json", settings.json)
+    maskgit.write_figures(settings, figures, settings.out / "completions.json", settings.json)
     shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
+    labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
+    limit = {"exact sampling": shown[0]["exact_sampling"]}
     for marginals in ("model", "exact"):
         curves = {}
         for order in ORDERS:
             chosen = [row for row in shown if row["marginals"] == marginals and row["order"] == order]
             curves[order] = ([row["calls"] for row in chosen], [row["total_variation"] for row in chosen])
-        line_plot(
-            curves,
-            title=f"Squares from nothing, {marginals} marginals, cosine schedule",
-            x_label="network calls per image",
-            y_label="total variation from the uniform prior",
-            references={"exact sampling": shown[0]["exact_sampling"]},
-            log_x=True,
-        ).save(settings.out / f"completions_{marginals}.png")
+        title = f"Squares from nothing, {marginals} marginals, cosine schedule"
+        plot = maskgit.line_plot(curves, title=title, **labels, references=limit, log_x=True)
+        plot.save(settings.out / f"completions_{marginals}.png")
     print_completions(shown)
 
 
@@ -398,23 +349,12 @@ def ablation_variants():
     return variants
 
 
-def cosine_head_limit(prior, kind, count):
-    """The lowest expected cross-entropy that two cosine similarities allow. They differ by at most 2, so the best
-    is the posterior kept within sigmoid(-2) .. sigmoid(2)."""
-    generator = torch.Generator().manual_seed(TEST_SEED)
-    tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
-    mask = training_mask(tokens.shape, kind, generator)
-    white = posterior(prior, tokens, mask)[mask]
-    least = torch.sigmoid(torch.tensor(-2.0))
-    return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
-
-
 def run_ablation(settings):
     """S1's recipe and its repairs, three seeds each; writes ablation.json and ablation.png to --out."""
-    device = pick_device(settings.device)
-    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
+    device = maskgit.pick_device(settings.device)
+    settings.precision = maskgit.fast_precision(device) if settings.precision == "auto" else settings.precision
     prior = all_squares(settings.grid, settings.min_side, settings.max_side)
-    rows, curves = [], {}
+    rows, curves, table = [], {}, []
     for name, repair in ablation_variants().items():
         for seed in range(settings.seed, settings.seed + 3):
             varied = argparse.Namespace(**vars(settings) | ABLATION | S1_RECIPE | repair | {"seed": seed})
@@ -423,29 +363,17 @@ def run_ablation(settings):
             curve = [row["cross_entropy"] for row in history]
             rows.append({"variant": name, "seed": seed, **result, "curve": curve})
             print(f"{name}, seed {seed}: {result['cross_entropy']:.4f}", flush=True)
-        mean = np.mean([row["curve"] for row in rows if row["variant"] == name], axis=0)
-        curves[name] = ([row["step"] for row in history], mean)
-    references = {
-        "cosine head's best": cosine_head_limit(prior, settings.mask, TEST_COUNT),
-        "exact posterior": rows[0]["limit"],
-    }
-    write_figures(
-        settings,
-        {"logged_steps": curves["S1"][0], "references": references, "runs": rows},
-        settings.out / "ablation.json",
-        settings.json,
-    )
-    line_plot(
-        curves,
-        title="S1's recipe and its repairs, mean of three seeds",
-        x_label="updates",
-        y_label="cross-entropy on unseen masks, nats per hidden pixel",
-        references=references,
-        log_y=True,
-    ).save(settings.out / "ablation.png")
-    spread = {name: [row["cross_entropy"] for row in rows if row["variant"] == name] for name in curves}
-    table = [[n, f"{np.mean(v):.4f}", f"{min(v):.4f}", f"{max(v):.4f}"] for n, v in spread.items()]
-    print_table(["variant", "cross-entropy", "lowest", "highest"], table)
+        steps, found = [row["step"] for row in history], [row["cross_entropy"] for row in rows[-3:]]
+        curves[name] = (steps, np.mean([row["curve"] for row in rows[-3:]], axis=0))
+        table.append([name, *(f"{value:.4f}" for value in (np.mean(found), min(found), max(found)))])
+    references = {"cosine head's best": cosine_head_limit(prior, settings.mask, TEST_COUNT)}
+    references |= {"exact posterior": rows[0]["limit"]}
+    figures = {"logged_steps": steps, "references": references, "runs": rows}
+    maskgit.write_figures(settings, figures, settings.out / "ablation.json", settings.json)
+    labels = {"x_label": "updates", "y_label": "cross-entropy on unseen masks, nats per hidden pixel"}
+    labels |= {"title": "S1's recipe and its repairs, mean of three seeds"}
+    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(settings.out / "ablation.png")
+    maskgit.print_table(["variant", "cross-entropy", "lowest", "highest"], table)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -454,52 +382,31 @@ def run_ablation(settings):
 # S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
 # A batch here is each image once, S1 takes its rate and epochs from S2, and S2 takes S1's block but a head
 # and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
-REPORTED = {
-    **{"layers": 6, "heads": 8, "dropout": 0.1, "norm": "post", "optimizer": "adamw", "lr": 1e-5, "epochs": 300},
-    **{"warmup": 0, "decay": "constant", "clip": math.inf, "weight_decay": 0.0, "rotary": False},
-}
-PRESETS = {
-    "post1": {
-        **REPORTED,
-        **{"dim": 768, "hidden": 3072, "head": "cosine", "positions": "printed", "mask": "cosine"},
-        **{"min_side": 2, "max_side": 5, "presentations": 1, "batch_size": 126},
-    },
-    "post2": {
-        **REPORTED,
-        **{"dim": 640, "hidden": 1600, "head": "linear", "positions": "split", "mask": "0.2"},
-        **{"min_side": 1, "max_side": 4, "presentations": 40, "batch_size": 174},
-    },
-}
-# The ablation's size and budget, alike for all variants. S1's epoch is one update, so 500 updates are 500 epochs.
-ABLATION = {
-    **REPORTED,
-    **{"dim": 64, "hidden": 256, "layers": 4, "heads": 4, "lr": 1e-3},
-    **{"batch_size": 126, "presentations": 1, "mask": "cosine"},
-}
-ABLATION_STEPS = 500
-# Masks that no training run draws, unless its seed is as large.
-VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
-VALIDATION_COUNT, TEST_COUNT = 256, 4096
+REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5, epochs=300)
+REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, weight_decay=0.0, rotary=False)
+POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
+POST1 |= dict(min_side=2, max_side=5, presentations=1, batch_size=126)
+POST2 = dict(dim=640, hidden=1600, head="linear", positions="split", mask="0.2")
+POST2 |= dict(min_side=1, max_side=4, presentations=40, batch_size=174)
+PRESETS = {"post1": REPORTED | POST1, "post2": REPORTED | POST2}
+# The ablation's size and budget, alike for all variants.
+ABLATION = REPORTED | dict(dim=64, hidden=256, layers=4, heads=4, lr=1e-3)
+ABLATION |= dict(batch_size=126, presentations=1, mask="cosine")
 
 
 def parse_arguments():
-    parser, count = CommandLine(__doc__), at_least(1)
+    parser, count = maskgit.CommandLine(__doc__), maskgit.at_least(1)
     add = parser.add_argument_group("what to do").add_argument
     add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
-    add("--draws", type=at_least(20), default=1000, help="completions behind each figure, default %(default)s")
+    add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind each figure, default %(default)s")
     parser.add_run_options("runs/squares")
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)
     add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
-    add(
-        "--mask",
-        type=mask_kind,
-        default="cosine",
-        help="single (pixel), a schedule such as cosine, or a fraction such as 0.2",
-    )
+    add("--mask", type=maskgit.mask_kind, default="cosine", help="single (pixel), a schedule, or a fraction: 0.2")
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
     parser.add_model_options()
@@ -510,13 +417,14 @@ def parse_arguments():
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
-        settings.steps = math.ceil(shown / settings.batch_size) or (ABLATION_STEPS if settings.ablation else 1800)
+        # An epoch of S1 is one update, so the ablation's 500 are 500 epochs.
+        settings.steps = math.ceil(shown / settings.batch_size) or (500 if settings.ablation else 1800)
     return settings
 
 
 def main():
     settings = parse_arguments()
-    settings.record = run_record()  # now: the code may change while it runs
+    settings.record = maskgit.run_record()  # now: the code may change while it runs
     if settings.ablation:
         run_ablation(settings)
     elif settings.completions:
@@ -526,4 +434,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_as_script(main)
+    maskgit.run_as_script(main)
