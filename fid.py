@@ -9,10 +9,8 @@ every published FID uses. Its weights (91 MB) are fetched once, or given by --we
 dropped, 16-bit values above 255 are white. A folder's subfolders are not searched.
 
 FID is too large for small sets, and needs 2,048 images or more on each side; a warning says by how much at least. KID
-has no such bias.
-
-Beside pytorch-fid 0.3.0 on two CPU cores: FID equal within 3e-6 of its value, 2.6 times the images per second, and the
-distance in a sixth of the time (results/fid.json).
+has no such bias. Beside pytorch-fid 0.3.0 on two CPU cores, FID is equal within 3e-6 of its value, with 2.6 times the
+images per second and the distance in a sixth of the time (results/fid.json).
 
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Chong and Forsyth 2020 (the bias of FID).
 """
@@ -23,7 +21,7 @@ import os
 import re
 import sys
 import time
-import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +30,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 WEIGHTS_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 )
-IMAGE_SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = ".bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
 DIMS = (64, 192, 768, 2048)  # widths of the layers that features can be taken from
 ENOUGH = 2048  # images, below which FID is not to be trusted
 KEPT = 10_000  # images whose features are kept in memory; of larger sets, sums and a random choice
@@ -46,126 +43,62 @@ KEPT = 10_000  # images whose features are kept in memory; of larger sets, sums 
 # The Inception network
 
 
-class Conv(nn.Module):
+class Conv(nn.Sequential):
     """Convolution, batch norm, ReLU. Images keep their size unless there is a stride or no padding."""
 
-    def __init__(self, channels, out, kernel, stride=1, padding=None):
+    def __init__(self, channels, width, kernel, stride=1, padded=True):
+        padding = "same" if padded and stride == 1 else "valid"
+        conv = nn.Conv2d(channels, width, kernel, stride, padding, bias=False)
+        super().__init__(OrderedDict(conv=conv, bn=nn.BatchNorm2d(width, eps=0.001), relu=nn.ReLU(inplace=True)))
+
+
+halve = nn.MaxPool2d(3, stride=2)
+mean_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)  # Inception's own counts the padding
+
+
+class Mixed(nn.Module):
+    """Branches that read the same image, their results concatenated: chains of convolutions, and a pool.
+
+    branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several. A
+    dict of kernels ends a chain in several convolutions, each with its letter. pooled: the width of one after the pool.
+    """
+
+    def __init__(self, channels, branches, pool, pooled=None):
         super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(k // 2 for k in kernel) if padding is None else padding
-        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(out, eps=0.001)
+        self.chains, self.pool = [], pool  # a chain is a list of steps, a step a list of names
+        for branch, steps in branches.items():
+            chain, before = [], channels
+            for number, (width, kernel, *stride) in enumerate(steps, start=1):
+                name = f"{branch}_{number}" if len(steps) > 1 else branch
+                kernels = kernel if isinstance(kernel, dict) else {"": kernel}
+                for letter, size in kernels.items():
+                    self.add_module(name + letter, Conv(before, width, size, *stride))
+                chain.append([name + letter for letter in kernels])
+                before = width
+            self.chains.append(chain)
+        self.branch_pool = Conv(channels, pooled, 1) if pooled else nn.Identity()
 
     def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-    def fold(self):
-        """Put the batch norm into the convolution: one pass over the image less."""
-        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
-
-
-def mean_pool(x):
-    """3x3 averages that do not count the padding, unlike Inception's own."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        results = []
+        for chain in self.chains:
+            ends = [x]
+            for names in chain:
+                ends = [getattr(self, name)(end) for end in ends for name in names]
+            results += ends
+        return torch.cat([*results, self.branch_pool(self.pool(x))], dim=1)
 
 
-def max_pool(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
+MIXED_5 = {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)]}
+MIXED_6A = {"branch3x3": [(384, 3, 2)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3, 2)]}
+MIXED_7A = {"branch3x3": [(192, 1), (320, 3, 2)], "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)]}
+FORK = (384, {"a": (1, 3), "b": (3, 1)})
+MIXED_7 = {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), FORK], "branch3x3dbl": [(448, 1), (384, 3), FORK]}
 
 
-def halve(x):
-    return F.max_pool2d(x, 3, stride=2)
-
-
-class Mixed5(nn.Module):
-    def __init__(self, channels, pooled):
-        super().__init__()
-        self.branch1x1 = Conv(channels, 64, 1)
-        self.branch5x5_1 = Conv(channels, 48, 1)
-        self.branch5x5_2 = Conv(48, 64, 5)
-        self.branch3x3dbl_1 = Conv(channels, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3)
-        self.branch_pool = Conv(channels, pooled, 1)
-
-    def forward(self, x):
-        narrow = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), narrow, double, self.branch_pool(mean_pool(x))], dim=1)
-
-
-class Mixed6a(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.branch3x3 = Conv(channels, 384, 3, stride=2, padding=0)
-        self.branch3x3dbl_1 = Conv(channels, 64, 1)
-        self.branch3x3dbl_2 = Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, halve(x)], dim=1)
-
-
-class Mixed6(nn.Module):
-    def __init__(self, channels, width):
-        super().__init__()
-        self.branch1x1 = Conv(channels, 192, 1)
-        self.branch7x7_1 = Conv(channels, width, 1)
-        self.branch7x7_2 = Conv(width, width, (1, 7))
-        self.branch7x7_3 = Conv(width, 192, (7, 1))
-        self.branch7x7dbl_1 = Conv(channels, width, 1)
-        self.branch7x7dbl_2 = Conv(width, width, (7, 1))
-        self.branch7x7dbl_3 = Conv(width, width, (1, 7))
-        self.branch7x7dbl_4 = Conv(width, width, (7, 1))
-        self.branch7x7dbl_5 = Conv(width, 192, (1, 7))
-        self.branch_pool = Conv(channels, 192, 1)
-
-    def forward(self, x):
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(mean_pool(x))], dim=1)
-
-
-class Mixed7a(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.branch3x3_1 = Conv(channels, 192, 1)
-        self.branch3x3_2 = Conv(192, 320, 3, stride=2, padding=0)
-        self.branch7x7x3_1 = Conv(channels, 192, 1)
-        self.branch7x7x3_2 = Conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        single = self.branch3x3_2(self.branch3x3_1(x))
-        double = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([single, double, halve(x)], dim=1)
-
-
-class Mixed7(nn.Module):
-    """pool: mean_pool in Mixed_7b, max_pool in Mixed_7c, as in the network that was released."""
-
-    def __init__(self, channels, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Conv(channels, 320, 1)
-        self.branch3x3_1 = Conv(channels, 384, 1)
-        self.branch3x3_2a = Conv(384, 384, (1, 3))
-        self.branch3x3_2b = Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1 = Conv(channels, 448, 1)
-        self.branch3x3dbl_2 = Conv(448, 384, 3)
-        self.branch3x3dbl_3a = Conv(384, 384, (1, 3))
-        self.branch3x3dbl_3b = Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(channels, 192, 1)
-
-    def forward(self, x):
-        single = self.branch3x3_1(x)
-        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pool(x))]
-        return torch.cat(parts, dim=1)
+def mixed_6(width):
+    single = [(width, 1), (width, (1, 7)), (192, (7, 1))]
+    double = [(width, 1), (width, (7, 1)), (width, (1, 7)), (width, (7, 1)), (192, (1, 7))]
+    return {"branch1x1": [(192, 1)], "branch7x7": single, "branch7x7dbl": double}
 
 
 class Inception(nn.Module):
@@ -180,22 +113,22 @@ class Inception(nn.Module):
         if dims not in DIMS:
             raise ValueError(f"no layer is {dims} wide; choose from {', '.join(map(str, DIMS))}")
         self.dims = dims
-        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2, padding=0)
-        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padding=0)
+        self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
-        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.Mixed_5b = Mixed5(192, 32)
-        self.Mixed_5c = Mixed5(256, 64)
-        self.Mixed_5d = Mixed5(288, 64)
-        self.Mixed_6a = Mixed6a(288)
-        self.Mixed_6b = Mixed6(768, 128)
-        self.Mixed_6c = Mixed6(768, 160)
-        self.Mixed_6d = Mixed6(768, 160)
-        self.Mixed_6e = Mixed6(768, 192)
-        self.Mixed_7a = Mixed7a(768)
-        self.Mixed_7b = Mixed7(1280, mean_pool)
-        self.Mixed_7c = Mixed7(2048, max_pool)
+        self.Conv2d_4a_3x3 = Conv(80, 192, 3, padded=False)
+        self.Mixed_5b = Mixed(192, MIXED_5, mean_pool, 32)
+        self.Mixed_5c = Mixed(256, MIXED_5, mean_pool, 64)
+        self.Mixed_5d = Mixed(288, MIXED_5, mean_pool, 64)
+        self.Mixed_6a = Mixed(288, MIXED_6A, halve)
+        self.Mixed_6b = Mixed(768, mixed_6(128), mean_pool, 192)
+        self.Mixed_6c = Mixed(768, mixed_6(160), mean_pool, 192)
+        self.Mixed_6d = Mixed(768, mixed_6(160), mean_pool, 192)
+        self.Mixed_6e = Mixed(768, mixed_6(192), mean_pool, 192)
+        self.Mixed_7a = Mixed(768, MIXED_7A, halve)
+        self.Mixed_7b = Mixed(1280, MIXED_7, mean_pool, 192)
+        self.Mixed_7c = Mixed(2048, MIXED_7, nn.MaxPool2d(3, stride=1, padding=1), 192)  # a max pool, as released
         self.fc = nn.Linear(2048, 1008)  # the classifier: not used here, but in the release
 
     def forward(self, x):
@@ -211,21 +144,22 @@ class Inception(nn.Module):
 
 
 def load_inception(dims=2048, weights=None, device="cpu"):
-    """The network, ready for features: batch norms folded, channels last. weights: a file, or None for the release's.
-
-    Raises ValueError if the file is missing, damaged or another network's, or cannot be fetched.
-    """
-    path = Path(weights) if weights else released_weights()
-    require_hash(path)
-    network = Inception(dims)
+    """The network, ready for features: batch norms folded, channels last. weights: a file; None: the release's."""
+    path = Path(weights or release_path())
+    try:
+        require_hash(path)
+    except ValueError:
+        if weights:
+            raise
+        fetch_release()
+    network = Inception(dims).eval()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise ValueError(f"{path} does not hold the Inception weights: {str(error).splitlines()[0]}") from None
-    network.eval()
     for module in network.modules():
         if isinstance(module, Conv):
-            module.fold()
+            module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -234,31 +168,21 @@ def release_path():
     return Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
 
 
-def released_weights():
-    """The path of the release's file, which is downloaded unless it is there undamaged."""
-    path = release_path()
+def fetch_release():
+    release_path().unlink(missing_ok=True)
     try:
-        require_hash(path)
-    except ValueError:
-        path.unlink(missing_ok=True)
-        try:
-            torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"the Inception weights could not be fetched ({error}); "
-                f"put {WEIGHTS_URL} into {path.parent}, or name a copy with --weights"
-            ) from None
-    return path
+        torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        remedy = f"put {WEIGHTS_URL} into {release_path().parent}, or name a copy with --weights"
+        raise ValueError(f"the Inception weights could not be fetched ({error}); {remedy}") from None
 
 
 def require_hash(path):
     """ValueError unless the file is there and has the SHA-256 that its name ends in, as in name-6726825d.pth."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    named = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if named:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+    if named := re.search(r"-([0-9a-f]{8,})\.pth$", path.name):
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(named[1]):
             raise ValueError(f"{path} is damaged: its SHA-256 begins with {found[: len(named[1])]}; fetch it again")
 
@@ -288,7 +212,6 @@ def frechet_distance_from_features(x, y):
 
 
 def finite_arrays(*arrays):
-    """The arrays in float64; ValueError if they hold a number that is not finite."""
     arrays = [np.asarray(values, np.float64) for values in arrays]
     if not all(np.isfinite(values).all() for values in arrays):
         raise ValueError("means, covariances and features must be finite numbers")
@@ -296,11 +219,8 @@ def finite_arrays(*arrays):
 
 
 def distance_by_roots(mu1, root1, mu2, root2):
-    """The squared Frechet distance of Gaussians with covariances root1 root1^T and root2 root2^T.
-
-    The trace of the square root of their product is the sum of the singular values of root1^T root2.
-    """
-    cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()
+    """The same for covariances root1 root1^T and root2 root2^T."""
+    cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()  # tr((sigma1 sigma2)^(1/2))
     distance = np.square(mu1 - mu2).sum() + np.square(root1).sum() + np.square(root2).sum() - 2 * cross
     return max(0.0, float(distance))
 
@@ -333,18 +253,14 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
     rng, estimates = np.random.default_rng(seed), []
     for _ in range(subsets):
         a, b = (f[rng.choice(len(f), size, replace=False)].astype(np.float64) for f in (x, y))
-        aa, bb, ab = cubic_kernel(a, a), cubic_kernel(b, b), cubic_kernel(a, b)
+        aa, bb, ab = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
         within = (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / (size * (size - 1))
         estimates.append(within - 2 * ab.mean())
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def cubic_kernel(x, y):
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
 # ---------------------------------------------------------------------------------------------------
-# Statistics of a folder, and their files
+# Statistics of a folder, their files, and what they tell
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -352,10 +268,9 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __init__(self, folder):
         self.folder = folder
-        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES.split())
         if len(self.files) < 2:
-            suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"{folder} holds {len(self.files)} images; at least 2 are needed ({suffixes})")
+            raise ValueError(f"{folder} holds {len(self.files)} images; at least 2 are needed ({IMAGE_SUFFIXES})")
 
     def __len__(self):
         return len(self.files)
@@ -397,11 +312,9 @@ def folder_features(images, network, batch_size, num_workers):
     device = next(network.parameters()).device
     if device.type == "cpu":
         batch_size = min(batch_size, 8)  # what the layers make of more images does not fit the caches
-    loader = torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list)
     started, done, shown = time.monotonic(), 0, 0.0
-    for batch in loader:
-        unreadable = [image for image in batch if isinstance(image, str)]
-        if unreadable:
+    for batch in torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
+        if unreadable := [image for image in batch if isinstance(image, str)]:
             raise ValueError("; ".join(unreadable))
         yield network(network_input(batch, device)).cpu().numpy()
         done, seconds = done + len(batch), time.monotonic() - started
@@ -422,10 +335,12 @@ def network_input(images, device):
 
 def read_statistics(path):
     """The Statistics in an .npz file with mu and sigma."""
+    if path.suffix != ".npz" or not path.is_file():
+        raise ValueError(f"{path} is neither a folder nor an .npz file")
     try:
         with np.load(path) as saved:
             mu, sigma = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy raises half a dozen types on damaged files
         raise ValueError(f"{path} is no statistics file with mu and sigma: {error}") from None
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
         raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not (D,) and (D, D)")
@@ -434,17 +349,12 @@ def read_statistics(path):
 
 def write_statistics(path, statistics):
     """Write mu and sigma to an .npz file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.stem}.partial.npz")
     try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, mu=statistics.mu, sigma=statistics.sigma)
+        np.savez_compressed(partial, mu=statistics.mu, sigma=statistics.sigma)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------------
-# FID and KID of two sets
 
 
 def fid_of(a, b):
@@ -460,67 +370,43 @@ def bias_at_least(a, b):
     The bias falls with the number of images like 1 / N, and more slowly while N is below the number of dimensions. So
     halving the sets adds as much again, or less.
     """
-    halves = [halves_of(images) if images.count and images.count < ENOUGH else (images, images) for images in (a, b)]
-    return np.mean([fid_of(*pair) for pair in zip(*halves, strict=True)]) - fid_of(a, b)
+    (a1, a2), (b1, b2) = halves(a), halves(b)
+    return (fid_of(a1, b1) + fid_of(a2, b2)) / 2 - fid_of(a, b)
 
 
-def halves_of(images):
-    """The Statistics of two random halves of a set, or of the set twice if it is too small to be halved."""
-    half = images.count // 2
-    if half < 2:
+def halves(images):
+    """The Statistics of two random halves of a set; the set twice if it is large, or too small to be halved."""
+    if images.count is None or not 4 <= images.count < ENOUGH:
         return images, images
-    shuffled = np.random.default_rng(0).permutation(images.features)
-    return tuple(statistics_of([part], half) for part in (shuffled[:half], shuffled[half : 2 * half]))
+    shuffled, half = np.random.default_rng(0).permutation(images.features), images.count // 2
+    return statistics_of([shuffled[:half]], half), statistics_of([shuffled[half : 2 * half]], half)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Command line
 
 
-def open_set(path):
-    """A folder's images, or the Statistics in an .npz file."""
-    if path.is_dir():
-        return ImageFolder(path)
-    if path.suffix == ".npz" and path.is_file():
-        return read_statistics(path)
-    raise ValueError(f"{path} is neither a folder nor an .npz file")
-
-
 def settings_from_command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
-    option = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    option("path", nargs=2, type=Path, help="two folders or .npz files; with --save-stats a folder and an .npz file")
-    option(
-        "--batch-size",
-        type=at_least(1),
-        default=50,
-        help="images at once (default: 50; on a CPU at most 8, which is faster)",
-    )
-    option(
-        "--num-workers",
-        type=at_least(0),
-        default=min(8, cores),
-        help="processes that read images (default: %(default)s)",
-    )
-    option("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    option(
-        "--dims", type=int, default=2048, choices=DIMS, help="width of the layer that gives features (default: 2048)"
-    )
-    option("--save-stats", action="store_true", help="write the statistics of the first path to the second")
-    option("--kid", action="store_true", help="KID beside FID; needs two folders")
-    option("--weights", help="the Inception weights, instead of fetching them")
+    add = parser.add_argument
+    cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    add("path", nargs=2, type=Path, help="two folders or .npz files; with --save-stats a folder and an .npz file")
+    add("--batch-size", type=at_least(1), default=50, help="images at once (default: 50; at most 8 on a CPU: faster)")
+    add("--num-workers", type=at_least(0), default=cores, help="processes that read images (default: %(default)s)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--dims", type=int, default=2048, choices=DIMS, help="width of the layer that gives features (default: 2048)")
+    add("--save-stats", action="store_true", help="write the statistics of the first path to the second")
+    add("--kid", action="store_true", help="KID beside FID; needs two folders")
+    add("--weights", help="the Inception weights, instead of fetching them")
     return parser.parse_args()
 
 
 def at_least(low):
-    """An argparse type: a whole number that is not below `low`."""
-
     def whole_number(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return int(text)
+        if int(text) >= low:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"{text} is below {low}")
 
     return whole_number
 
@@ -528,28 +414,24 @@ def at_least(low):
 def pick_device(name):
     """The torch.device of that name; for None, CUDA where there is one."""
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
+        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # torch raises both
         raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def measured(paths, settings):
     """The Statistics at each path: a folder's images are put through the network, an .npz file is read."""
-    sets = [open_set(path) for path in paths]
-    widths = {len(images.mu) if isinstance(images, Statistics) else settings.dims for images in sets}
+    sets = [ImageFolder(path) if path.is_dir() else read_statistics(path) for path in paths]
+    folders = [images for images in sets if isinstance(images, ImageFolder)]
+    widths = {settings.dims if images in folders else len(images.mu) for images in sets}
     if len(widths) > 1:
         raise ValueError(f"one set has {min(widths)} features per image, the other {max(widths)}; set --dims")
-    if settings.kid and any(isinstance(images, Statistics) for images in sets):
+    if settings.kid and len(folders) < len(sets):
         raise ValueError("--kid needs two folders: a statistics file holds no features")
-    if any(isinstance(images, ImageFolder) for images in sets):
-        network = load_inception(settings.dims, settings.weights, pick_device(settings.device))
+    network = load_inception(settings.dims, settings.weights, pick_device(settings.device)) if folders else None
+    how = (network, settings.batch_size, settings.num_workers)
     return [
-        images
-        if isinstance(images, Statistics)
-        else statistics_of(folder_features(images, network, settings.batch_size, settings.num_workers), len(images))
-        for images in sets
+        statistics_of(folder_features(images, *how), len(images)) if images in folders else images for images in sets
     ]
 
 
@@ -560,31 +442,22 @@ def save_statistics(folder, target, settings):
         raise ValueError(f"{target} exists; remove it, or choose another name")
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} to write {target.name} to")
-    write_statistics(target, measured([folder], settings)[0])
+    write_statistics(target, *measured([folder], settings))
     print(f"statistics of {folder}: {target}")
-
-
-def compare(paths, settings):
-    """Print FID, a warning where it is not to be trusted, and KID."""
-    a, b = measured(paths, settings)
-    print("FID: ", fid_of(a, b))
-    if any(images.count and images.count < ENOUGH for images in (a, b)):
-        counts = " and ".join(str(images.count or "unknown") for images in (a, b))
-        print(
-            f"warning: {counts} images; {ENOUGH} or more are needed. At least {bias_at_least(a, b):.2f} of this FID is "
-            "there because the sets are small; --kid has no such bias",
-            file=sys.stderr,
-        )
-    if settings.kid:
-        print("KID:  {} +- {}".format(*kernel_distance(a.features, b.features)))
 
 
 def main():
     settings = settings_from_command_line()
     if settings.save_stats:
-        save_statistics(*settings.path, settings)
-    else:
-        compare(settings.path, settings)
+        return save_statistics(*settings.path, settings)
+    a, b = measured(settings.path, settings)
+    print("FID: ", fid_of(a, b))
+    if any(images.count and images.count < ENOUGH for images in (a, b)):
+        counts = f"{a.count or 'unknown'} and {b.count or 'unknown'} images; {ENOUGH} or more are needed"
+        bias = f"At least {bias_at_least(a, b):.2f} of this FID is there because the sets are small"
+        print(f"warning: {counts}. {bias}; --kid has no such bias", file=sys.stderr)
+    if settings.kid:
+        print("KID:  {} +- {}".format(*kernel_distance(a.features, b.features)))
 
 
 if __name__ == "__main__":
