@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = "test_maskgit.py"
 FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
     "maskgit.py": [
-        ("np.minimum(closest, distances.clip(min=0))", "distances.clip(min=0)"),
+        ("key=lambda run: run.inertia", "key=lambda run: -run.inertia"),
         ("[-2 * centred.T,", "[-centred.T,"),
         ("count[rows, columns] += 1", "count[rows, columns] = 1"),
         ("windows.transpose(0, 1, 2, 4, 5, 3)", "windows.transpose(0, 1, 2, 5, 4, 3)"),
