@@ -1,0 +1,212 @@
+"""Do the tests notice a mistake? Sixty deliberate faults, planted one at a time in a copy: each must be caught.
+
+    python benchmarks/faults.py --json results/faults.json
+    python benchmarks/faults.py --json inpaint_faults.json --only inpaint.py
+
+A fault is a piece of one line, found once in its file, and what takes its place. The tests of the section that it lies
+in run first, those of the scripts are all of the script's; if they pass, so do all the others before the fault counts
+as survived. The exit code is then 1.
+"""
+
+import ast
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = "test_maskgit.py"
+FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
+    "maskgit.py": [
+        ("key=lambda run: run.inertia", "key=lambda run: -run.inertia"),
+        ("[-2 * centred.T,", "[-centred.T,"),
+        ("count[rows, columns] += 1", "count[rows, columns] = 1"),
+        ("windows.transpose(0, 1, 2, 4, 5, 3)", "windows.transpose(0, 1, 2, 5, 4, 3)"),
+        ("torch.stack([x, y], dim=-1)", "torch.stack([y, x], dim=-1)"),
+        ("// 2 * 2 / (dim / 2)", "// 2 * 2 / dim"),
+        ("first * sin + second * cos]", "first * sin - second * cos]"),
+        ("else F.scaled_dot_product_attention(query, key, value)",
+         "else F.scaled_dot_product_attention(query, key, value, is_causal=True)"),
+        ("scores.softmax(dim=-1)", "scores.softmax(dim=-2)"),
+        ("self.embedding.weight[: self.mask_id]", "self.embedding.weight"),
+        ("np.cos(r * (math.pi / 2))", "np.sin(r * (math.pi / 2))"),
+        ("(ratio * tokens).ceil()", "(ratio * tokens).floor()"),
+        ("return rank < count[:, None]", "return rank <= count[:, None]"),
+        ("return (loss * mask).sum() / count", "return loss.sum() / count"),
+        ("tokens, hidden = tokens.masked_fill(mask, model.mask_id), mask.clone()",
+         "tokens, hidden = tokens.clone(), mask.clone()"),
+        ("with evaluation_mode(model):", "with contextlib.nullcontext():"),
+        ("(logits / temperature).log_softmax(dim=-1)", "(logits / temperature).log_softmax(dim=0)"),
+        (".masked_fill(stays, model.mask_id)", ".masked_fill(~stays, model.mask_id)"),
+        ("np.floor(gamma(step / steps) * at_start)", "np.floor(gamma(step / steps) * most[-1])"),
+        ("priority.argsort(dim=1, stable=True).argsort(dim=1)", "priority.argsort(dim=1, stable=True)"),
+        ("max(0, step - warmup) / max(1, steps - warmup)", "max(0, step - warmup) / max(1, steps)"),
+        ("optimizer.load_state_dict(optimizer_state)", "optimizer.zero_grad()"),
+        ("label_smoothing, count=count)", "label_smoothing)"),
+        ("partial.unlink(missing_ok=True)", "pass"),
+        ("map_location=device, weights_only=True)", "map_location=device, weights_only=False)"),
+        ("sys.exit(2)", "sys.exit(1)"),
+    ],
+    "train_squares.py": [
+        ("for top in range(grid - side + 1):", "for top in range(grid - side):"),
+        ("((tokens == WHITE) & ~mask)", "((tokens == WHITE) & mask)"),
+        ("agree = consistent(prior, tokens, mask).float()", "agree = torch.ones(len(tokens), len(prior))"),
+        ("torch.randperm(epoch_length, generator=generator)", "torch.randperm(epoch_length)"),
+        ("inputs = tokens.masked_fill(mask, MASK_ID).split(1024)", "inputs = tokens.split(1024)"),
+        ("(grid_coords(side, side)[:, 0] >= side / 2).expand(len(images)",
+         "(grid_coords(side, side)[:, 1] >= side / 2).expand(len(images)"),
+        ("np.abs(frequencies - truth).sum() + outside) / 2", "np.abs(frequencies - truth).sum()) / 2"),
+        ("torch.sigmoid(torch.tensor(-2.0))", "torch.sigmoid(torch.tensor(-1.0))"),
+    ],
+    "train_rectangles.py": [
+        ("(high - low >= MIN_SIDE)", "(high >= low)"),
+        ("(high - low).clip(min=0)", "(high - low)"),
+        ("covered[..., :, None, 1] * covered[..., None, :, 0]", "covered[..., :, None, 0] * covered[..., None, :, 1]"),
+        ("(covered == 0) | (covered == 1)", "(covered == 0)"),
+        ("default_rng(step_seed(settings.seed, step))", "default_rng(settings.seed)"),
+        ("/ width).square())", "/ width))"),
+        ("possible(proposal) & ((proposed == observed) | mask).all(axis=1)", "possible(proposal)"),
+        ("positions[..., 0] + PATCH / 2 < SIZE / 2", "positions[..., 0] < SIZE / 2"),
+    ],
+    "inpaint.py": [
+        ("if digest in hashes:", "if file in hashes:"),
+        (".any(axis=(2, 4))", ".all(axis=(2, 4))"),
+        ("- 2 * (visible * pixels) @ centroids.T", "- (visible * pixels) @ centroids.T"),
+        ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
+        ("[:, :, ::view]", "[:, ::view]"),
+        ("c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.01, 0.03"),
+        ("visible < 128", "visible > 128"),
+        ("if target.exists() and not settings.force:", "if target.exists() and settings.force:"),
+    ],
+    "fid.py": [
+        ("nn.BatchNorm2d(out, eps=0.001)", "nn.BatchNorm2d(out)"),
+        ("count_include_pad=False", "count_include_pad=True"),
+        ('map_location="cpu", weights_only=True))', 'map_location="cpu", weights_only=False))'),
+        ("if not found.startswith(named[1]):", "if not found:"),
+        ("np.square(root2).sum() - 2 * cross", "np.square(root2).sum() - cross"),
+        ("np.sqrt(len(features) - 1)", "np.sqrt(len(features))"),
+        ("aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)", "aa.sum() + bb.sum()"),
+        ("align_corners=False", "align_corners=True"),
+        ("for pair in zip(*halves, strict=True)]) - fid_of(a, b)", "for pair in zip(*halves, strict=True)])"),
+        ("sys.exit(2)", "sys.exit(1)"),
+    ],
+}  # fmt: skip
+
+
+def require_fit(faults):
+    """ValueError unless the piece of every fault is found once in its file."""
+    found = [((ROOT / file).read_text().count(piece), file, piece) for file, piece, _ in faults]
+    wrong = [f"{file} has {piece!r} {count} times" for count, file, piece in found if count != 1]
+    if wrong:
+        raise ValueError(f"a fault needs a piece of a line that is there once: {'; '.join(wrong)}")
+
+
+def section_titles(source):
+    """For each line of a file the title under the last banner before it."""
+    titles = [""]
+    for before, line in itertools.pairwise(source.splitlines()):
+        titles.append(line.removeprefix("# ") if before.startswith("# -----") else titles[-1])
+    return titles
+
+
+def tests_of(file, piece):
+    """The tests of the sections named after the file, or after its section in maskgit.py; and all the others."""
+    source, tests = (ROOT / file).read_text(), (ROOT / TESTS).read_text()
+    section = section_titles(source)[source[: source.index(piece)].count("\n")]
+    titles, own, others = section_titles(tests), [], []
+    for node in ast.parse(tests).body:
+        if getattr(node, "name", "").startswith("test_"):
+            title = titles[node.lineno - 1]
+            touches = title == section if file == "maskgit.py" else title.startswith(file)
+            (own if touches else others).append(f"{TESTS}::{node.name}")
+    return own, others
+
+
+def copy_of_project(folder):
+    """The folder, with copies of the files that git tracks beside this project's README."""
+    folder.mkdir()
+    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout
+    for name in listed.splitlines():
+        if "/" not in name:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def failing_test(copy, tests, limit):
+    """The name of the first test that fails in a copy of the project, or that runs when `limit` seconds are over; None
+    if all pass."""
+    command = [sys.executable, "-u", "-m", "pytest", "-x", "-v", "--tb=no", "--disable-warnings"]
+    command += ["-p", "no:cacheprovider", f"--basetemp={copy}_tests", *tests]
+    with open(f"{copy}.log", "w") as log:
+        process = subprocess.Popen(command, cwd=copy, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            failed = process.wait(limit) != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # and what the tests have started
+                process.wait()
+    shutil.rmtree(f"{copy}_tests", ignore_errors=True)  # some are large
+    text = Path(f"{copy}.log").read_text()
+    begun = re.findall(rf"^{TESTS}::(\w+)", text, re.MULTILINE)
+    if not begun:
+        raise ValueError(f"no test runs in the copy: {text.strip().splitlines()[-1:]}")
+    return begun[-1] if failed else None
+
+
+def try_fault(file, piece, replacement, folder, limit):
+    """A row: the fault, whether it was caught, by which test, whether that is of its own section, and the seconds."""
+    (own, others), start = tests_of(file, piece), time.monotonic()
+    faulty = copy_of_project(folder) / file
+    faulty.write_text(faulty.read_text().replace(piece, replacement))
+    by_own = failing_test(folder, own, limit) if own else None
+    test = by_own or failing_test(folder, others, limit)
+    row = dict(file=file, piece=piece, replacement=replacement, caught=bool(test), test=test, by_own=bool(by_own))
+    return row | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def main():
+    parser = CommandLine(__doc__)
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the faults whose file or text contains TEXT")
+    parser.add_argument("--skip-check", action="store_true", help="do not run all tests without a fault first")
+    parser.add_argument("--limit", type=at_least(60), default=900, help="seconds of one run of the tests")
+    settings = parser.parse_args()
+    settings.record, rows = run_record(), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, but tests send it
+    faults = [(file, *fault) for file, listed in FAULTS.items() for fault in listed]
+    faults = [fault for fault in faults if any(settings.only in text for text in fault)]
+    if not faults:
+        parser.error(f"no fault contains {settings.only!r}")
+    require_fit(faults)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        if not settings.skip_check:
+            undisturbed = copy_of_project(Path(scratch, "undisturbed"))
+            if failed := failing_test(undisturbed, [TESTS], settings.limit):
+                raise ValueError(f"{failed} fails without a fault")
+        for i, fault in enumerate(faults):
+            rows.append(row := try_fault(*fault, Path(scratch, f"fault{i}"), settings.limit))
+            end = f"caught by {row['test']}" if row["caught"] else "SURVIVED"
+            print(f"{fault[0]}: {fault[1]} -> {fault[2]}: {end} ({row['seconds']:.0f} s)", flush=True)
+    write_figures(settings, {"faults": rows}, settings.json)
+    names, table = ("caught", "by_own", "seconds"), []
+    for file in dict.fromkeys(row["file"] for row in rows):
+        of_file = [row for row in rows if row["file"] == file]
+        table.append([file, str(len(of_file)), *(f"{sum(row[name] for row in of_file):.0f}" for name in names)])
+    print_table(["faults in", "planted", "caught", "by own section", "seconds"], table)
+    if not all(row["caught"] for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
