@@ -1608,41 +1608,33 @@ def noise_picture(seed, width=20, height=16):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_duplicates_are_dropped_and_the_unreadable_named(tmp_path, capsys):
-    """The same pixels in another name, folder or format are a duplicate."""
+def test_pictures_of_a_folder(tmp_path, capsys):
+    """Of any mode, cropped at the centre. The same pixels in another name, folder or format are a duplicate."""
     (tmp_path / "deep").mkdir()
-    for i in range(5):
-        Image.fromarray(noise_picture(i)).save(tmp_path / f"{i}.png")
-    for i, name in enumerate(["a.bmp", "deep/b.PNG"]):
+    for i, name in [*((i, f"{i}.png") for i in range(80)), (0, "a.bmp"), (1, "deep/b.PNG")]:
         Image.fromarray(noise_picture(i)).save(tmp_path / name)
-    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
-    (tmp_path / "readme.txt").write_text("no picture")
-    images, hashes = inpaint.load_pictures(tmp_path, 8)
-    shown = capsys.readouterr()
-    assert images.shape == (5, 8, 8, 3) and len(set(hashes)) == 5
-    assert "5 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
-
-
-def test_pictures_of_any_mode_and_shape_are_cropped_at_the_centre(tmp_path):
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = (200, 100, 50)
-    Image.fromarray(wide).save(tmp_path / "a.png")
-    grey = Image.fromarray(np.full((9, 9), 40, np.uint8))
-    grey.save(tmp_path / "b.webp", lossless=True)
-    Image.fromarray(np.full((8, 8), 70 * 256, np.uint16)).save(tmp_path / "c.png")
-    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "d.png")
-    Image.new("CMYK", (8, 8)).save(tmp_path / "e.jpg")
-    images, _ = inpaint.load_pictures(tmp_path, 8)
-    assert [tuple(image[4, 4]) for image in images] == [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]
-    assert (images[0] == images[0][0, 0]).all()
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(np.full((9, 9), 40, np.uint8)).save(tmp_path / "grey.webp", lossless=True)
+    Image.fromarray(np.full((8, 8), 70 * 256, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "clear.png")
+    Image.new("CMYK", (8, 8)).save(tmp_path / "white.jpg")
+    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "readme.txt").write_text("no picture")
+    found = np.concatenate(inpaint.open_pictures(tmp_path, None, 8, None))
+    assert found.shape == (85, 8, 8, 3) and len({image.tobytes() for image in found}) == 85
+    for colour in [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]:
+        assert (found == colour).all(axis=(1, 2, 3)).sum() == 1
+    shown = capsys.readouterr()
+    assert "85 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
 
 
-def test_more_pictures_never_move_one_to_another_part():
-    images = [noise_picture(i) for i in range(600)]
-    hashes = np.array([inpaint.content_hash(image) for image in images])
+def test_more_pictures_never_move_one_to_another_part(monkeypatch):
+    monkeypatch.setattr(inpaint, "cartoon_cats", lambda count, *_: map(noise_picture, range(count)))
 
     def parts(count):
-        split = inpaint.split_by_content(np.stack(images[:count]), hashes[:count])
+        split = inpaint.open_pictures(None, count, 16, 0)
         return {image.tobytes(): i for i, part in enumerate(split) for image in part}
 
     few, many = parts(400), parts(600)
@@ -1651,26 +1643,18 @@ def test_more_pictures_never_move_one_to_another_part():
     assert shares == pytest.approx([0.843, 0.060, 0.097], abs=0.04)
 
 
-def test_too_few_pictures_are_an_error():
-    with pytest.raises(ValueError, match="too few"):
-        inpaint.split_by_content(np.zeros((3, 8, 8, 3), np.uint8), np.array([0.1, 0.5, 0.99]))
+@pytest.mark.parametrize(
+    ("kind", "distinct", "low", "high"),
+    [("cats", 20, 0, 255), ("brush", 20, 0.23, 0.33), ("box", 4, 0.23, 0.26), ("half", 4, 0.5, 0.5)],
+)
+def test_cats_and_holes_depend_on_their_seed_and_number_alone(kind, distinct, low, high):
+    def first(count, seed):
+        return inpaint.cartoon_cats(count, 64, seed) if kind == "cats" else inpaint.make_holes(kind, count, 64, seed)
 
-
-def test_cats_depend_on_their_seed_and_number_alone():
-    cats = inpaint.cartoon_cats(30, 32, seed=1)
-    assert cats.shape == (30, 32, 32, 3) and cats.dtype == np.uint8
-    assert len({cat.tobytes() for cat in cats}) == 30
-    assert (inpaint.cartoon_cats(5, 32, seed=1) == cats[:5]).all()
-    assert (inpaint.cartoon_cats(5, 32, seed=2) != cats[:5]).any()
-
-
-@pytest.mark.parametrize(("kind", "low", "high"), [("brush", 0.23, 0.33), ("box", 0.23, 0.26), ("half", 0.5, 0.5)])
-def test_holes(kind, low, high):
-    holes = inpaint.make_holes(kind, 20, 64, 0)
-    assert holes.shape == (20, 64, 64) and holes.dtype == bool
-    assert all(low <= hole.mean() <= high for hole in holes)
-    assert (inpaint.make_holes(kind, 5, 64, 0) == holes[:5]).all()
-    assert len({hole.tobytes() for hole in holes}) >= min(4, len(holes))
+    found = first(20, 1)
+    assert found.shape[:3] == (20, 64, 64) and found.dtype == (np.uint8 if kind == "cats" else bool)
+    assert len({item.tobytes() for item in found}) >= distinct and all(low <= item.mean() <= high for item in found)
+    assert (first(5, 1) == found[:5]).all() and (first(5, 2) != found[:5]).any()
 
 
 def test_evidence_of_the_visible_pixels_by_loops():
@@ -1719,24 +1703,12 @@ def test_what_is_filled_in_is_shifted_to_join_its_rim():
     rng = np.random.default_rng(0)
     tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32) / 2, 4)
     codes, holes = rng.integers(5, size=(2, 4, 4)), rng.random((2, 16, 16)) < 0.4
-    decoded = np.round(tokenizer.decode(codes) * 255)
+    decoded, tokens = np.round(tokenizer.decode(codes) * 255), torch.from_numpy(codes).flatten(1)
     images = (decoded + [40, 20, 10]).astype(np.uint8)
-    filled = inpaint.to_pictures(tokenizer, codes, np.where(holes[..., None], 0, images), holes, blend=True)
+    filled = inpaint.to_pictures(tokenizer, tokens, np.where(holes[..., None], 0, images), holes, blend=True)
     assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
-    plain = inpaint.to_pictures(tokenizer, codes, images, holes, blend=False)
+    plain = inpaint.to_pictures(tokenizer, tokens, images, holes, blend=False)
     assert (plain[holes] == decoded[holes]).all() and (plain[~holes] == images[~holes]).all()
-
-
-def test_a_token_with_any_hole_pixel_is_hidden():
-    holes = np.random.default_rng(0).random((6, 12, 8)) < 0.05
-    found = inpaint.hidden_tokens(holes, 4)
-    for b, y, x in itertools.product(range(6), range(3), range(2)):
-        pixels = [holes[b, 4 * y + i, 4 * x + j] for i in range(4) for j in range(4)]
-        assert found[b, y, x] == any(pixels)
-
-
-# ---------------------------------------------------------------------------------------------------
-# inpaint.py: scores
 
 
 def test_picture_scores_by_hand():
@@ -1768,19 +1740,22 @@ def test_structural_similarity_by_loops():
     assert inpaint.structural_similarity(x, x) == pytest.approx(1)
 
 
-def test_cross_entropy_of_a_test_picture_by_picture(inpaint_run):
-    """In more than one batch, weighted by hidden tokens, with and without evidence."""
+def test_cross_entropy_picture_by_picture(inpaint_run):
+    """In more than one batch, weighted by hidden tokens, those with any hole pixel; with and without evidence."""
     checkpoint = load_checkpoint(inpaint_run / "model.pt")
-    model, tokenizer, settings = checkpoint["model"], checkpoint["tokenizer"], argparse.Namespace(hole="brush", size=16)
-    test = inpaint.make_test(inpaint.cartoon_cats(70, 16), tokenizer, settings, seed=3)
+    model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
+    images, holes = inpaint.with_holes(inpaint.cartoon_cats(70, 16), "brush", seed=3)
     plain, informed = [], []
-    for image, hole, codes, mask in zip(test.images, test.holes, test.codes.flatten(1), test.mask, strict=True):
+    for image, hole in zip(images, holes, strict=True):
+        codes = torch.from_numpy(tokenizer.encode(image[None] / np.float32(255))).flatten()
+        mask = torch.tensor([bool(hole[y : y + 4, x : x + 4].any()) for y in range(0, 16, 4) for x in range(0, 16, 4)])
         logits = model(codes.masked_fill(mask, 16)[None], grid_coords(4, 4)).detach()
         evidence = inpaint.pixel_evidence(tokenizer, image[None], hole[None])
         for found, values in ((plain, logits), (informed, logits + evidence)):
             found += (-values[0].log_softmax(-1)[range(16), codes])[mask].tolist()
-    assert test.cross_entropy(model) == pytest.approx(np.mean(plain), rel=0.02)  # bf16 where the processor has it
-    assert test.cross_entropy(model, tokenizer) == pytest.approx(np.mean(informed), rel=0.02)
+    # bf16 where the processor has it
+    assert inpaint.cross_entropy(checkpoint, images, holes) == pytest.approx(np.mean(plain), rel=0.02)
+    assert inpaint.cross_entropy(checkpoint, images, holes, True) == pytest.approx(np.mean(informed), rel=0.02)
     assert np.mean(informed) < np.mean(plain)
 
 
@@ -1793,8 +1768,18 @@ def test_mean_colour_is_that_of_the_visible_pixels():
     assert (inpaint.mean_colour(image, np.ones_like(hole)) == 128).all()
 
 
-# ---------------------------------------------------------------------------------------------------
-# inpaint.py as a user runs it
+def test_fid_and_kid_where_the_weights_are(inception_weights):
+    """Those of the two sets' features; a set is at distance 0 from itself."""
+    network = inpaint.inception_network(inception_weights, torch.device("cpu"))
+    cats = inpaint.cartoon_cats(6, 32)
+    found = inpaint.inception_scores(network, cats, cats[:, ::-1])
+    with torch.inference_mode():
+        network = fid.load_inception(weights=inception_weights)
+        x, y = (network(fid.network_input(list(images), "cpu")).numpy() for images in (cats, cats[:, ::-1]))
+    assert found["fid"] == pytest.approx(fid.frechet_distance_from_features(x, y), rel=1e-4)
+    assert found["kid"] == pytest.approx(fid.kernel_distance(x, y)[0], rel=1e-4)
+    assert inpaint.inception_scores(network, cats, cats)["fid"] < 1e-6 * found["fid"]
+
 
 TINY_CATS = ["--cartoons", "150", "--size", "16", "--codes", "16", "--dim", "16", "--heads", "2", "--layers", "1"]
 TINY_CATS += ["--batch-size", "8", "--steps", "4", "--test-images", "8", "--device", "cpu", "--precision", "float32"]
@@ -1831,192 +1816,130 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     assert figures["validation"] == best
 
 
-def test_an_inpaint_run_on_a_folder_and_its_scores_anew(tmp_path, monkeypatch, capsys):
-    """A finished run is scored again, with other options, by --resume."""
+def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
+    """Broken off, it resumes to the very same weights; finished, it is scored again, with other options."""
+
+    def save_and_stop(*arguments, **options):
+        save_checkpoint(*arguments, **options)
+        raise InterruptedError
+
+    (tmp_path / "cats").mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
-        (tmp_path / "cats").mkdir(exist_ok=True)
         Image.fromarray(cat).save(tmp_path / "cats" / f"{i}.png")
-    options = [*TINY_CATS, "--data", tmp_path / "cats", "--out", tmp_path / "run", "--schedules", "cubic"]
-    call_inpaint(monkeypatch, *options)
+    options = [*TINY_CATS, "--data", tmp_path / "cats", "--schedules", "cubic", "--out"]
+    call_inpaint(monkeypatch, *options, tmp_path / "once")
     assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
-    before = load_checkpoint(tmp_path / "run" / "model.pt")["model"].state_dict()
-    call_inpaint(monkeypatch, *options, "--resume", "--score-seeds", 2, "--order", "halton")
-    assert "cubic, T=8" in capsys.readouterr().out
-    after = load_checkpoint(tmp_path / "run" / "model.pt")["model"].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(maskgit, "save_checkpoint", save_and_stop)
+        call_inpaint(monkeypatch, *options, tmp_path / "twice", "--checkpoint-steps", 2)
+    assert load_checkpoint(tmp_path / "twice" / "model.pt")["step"] == 2
+    for change in ([], ["--score-seeds", 2, "--order", "halton"]):
+        call_inpaint(monkeypatch, *options, tmp_path / "twice", "--resume", *change)
+        once, twice = (load_checkpoint(tmp_path / name / "model.pt") for name in ("once", "twice"))
+        assert torch.equal(weights(once["model"]), weights(twice["model"]))
+        assert (once["tokenizer"].centroids == twice["tokenizer"].centroids).all()
+        assert "cubic, T=8" in capsys.readouterr().out
     with pytest.raises(ValueError, match="trained with dim=16, not 32"):
-        call_inpaint(monkeypatch, *options, "--resume", "--dim", 32)
+        call_inpaint(monkeypatch, *options, tmp_path / "twice", "--resume", "--dim", 32)
 
 
-def test_an_inpaint_run_resumes_to_the_very_same_weights(inpaint_run, tmp_path, monkeypatch):
-    class KilledError(Exception):
-        pass
-
-    def stop(*arguments, **options):
-        real(*arguments, **options)
-        raise KilledError
-
-    real = maskgit.save_checkpoint
-    monkeypatch.setattr(maskgit, "save_checkpoint", stop)
-    with pytest.raises(KilledError):
-        call_inpaint(monkeypatch, *TINY_CATS, "--out", tmp_path, "--checkpoint-steps", 2)
-    monkeypatch.setattr(maskgit, "save_checkpoint", real)
-    assert load_checkpoint(tmp_path / "model.pt")["step"] == 2
-    call_inpaint(monkeypatch, *TINY_CATS, "--out", tmp_path, "--resume")
-    once, twice = (load_checkpoint(folder / "model.pt") for folder in (inpaint_run, tmp_path))
-    for name, values in once["model"].state_dict().items():
-        assert torch.equal(values, twice["model"].state_dict()[name])
-    assert (once["tokenizer"].centroids == twice["tokenizer"].centroids).all()
-
-
-def test_training_sees_mirrored_pictures_in_batches_that_depend_on_the_step_alone(monkeypatch):
-    captured = {}
-
-    def capture(settings, codes, batch, device, **options):
-        captured["batch"] = batch
-
-    monkeypatch.setattr(inpaint, "train_as_set", capture)
-    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--size", "16", "--codes", "8", "--batch-size", "200"])
-    settings, cats = inpaint.parse_arguments(), inpaint.cartoon_cats(3, 16)
-    tokenizer = inpaint.fit_tokenizer(cats, settings)
-    inpaint.train_model(settings, tokenizer, inpaint.Split(cats, cats, cats), torch.device("cpu"))
-    tokens, mask, coords = captured["batch"](3)
-    assert tokens.shape == mask.shape == (200, 16) and coords.shape == (16, 2) and mask.any(dim=1).all()
-    both_ways = np.concatenate([cats, cats[:, :, ::-1]]) / np.float32(255)
-    assert {tuple(row) for row in tokens.tolist()} == {tuple(c.ravel().tolist()) for c in tokenizer.encode(both_ways)}
-    assert all(torch.equal(a, b) for a, b in zip(captured["batch"](3), (tokens, mask, coords), strict=True))
-    assert not torch.equal(captured["batch"](4)[1], mask)
-
-
-def test_training_codes_on_disk_are_those_of_both_views():
-    """For more codes than a byte holds, and more pictures than are encoded at once."""
+def test_training_batches(monkeypatch):
+    """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
     rng = np.random.default_rng(0)
-    images, rows = rng.integers(0, 256, (300, 4, 8, 3), dtype=np.uint8), rng.permutation(300)[:280]
+    images = rng.integers(0, 256, (280, 8, 8, 3), dtype=np.uint8)
     tokenizer = PatchTokenizer(rng.random((300, 12), dtype=np.float32), 2)
-    pictures = inpaint.Pictures(images, rows)
-    plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images[rows], images[rows][:, :, ::-1]))
-    assert plain.max() > 255
-    assert (inpaint.encode_training(tokenizer, pictures, mirror=False) == plain).all()
-    assert (inpaint.encode_training(tokenizer, pictures, mirror=True) == np.concatenate([plain, flipped])).all()
+    plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images, images[:, :, ::-1]))
+    both = np.concatenate([plain, flipped])
+    assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
+    assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
+    monkeypatch.setattr(maskgit, "train_as_set", lambda settings, codes, batch, device, **options: batch)
+    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--batch-size", "6000"])
+    settings, split = inpaint.parse_arguments()[0], inpaint.Split(images, images, images)
+    batch = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
+    tokens, mask, coords = batch(3)
+    assert tokens.shape == mask.shape == (6000, 16) and coords.shape == (16, 2) and mask.any(dim=1).all()
+    assert {tuple(row) for row in tokens.tolist()} == {tuple(codes.ravel().tolist()) for codes in both}
+    assert all(torch.equal(a, b) for a, b in zip(batch(3), (tokens, mask, coords), strict=True))
+    assert not torch.equal(batch(4)[1], mask)
 
 
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["inpaint.py", "--preset", "report"])
-    settings = inpaint.parse_arguments()
-    sizes = (settings.dim, settings.heads, settings.layers, settings.hidden, settings.codes, settings.patch)
-    assert sizes == (768, 16, 15, 1536, 1024, 4)
-    training = (settings.optimizer, settings.lr, settings.betas, settings.batch_size, settings.loss, settings.steps)
-    assert training == ("adamw", 1e-4, (0.9, 0.96), 10, "all", 120_000)
+    settings = vars(inpaint.parse_arguments()[0])
+    sizes = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "codes": 1024, "patch": 4, "batch_size": 10}
+    training = {"optimizer": "adamw", "lr": 1e-4, "betas": (0.9, 0.96), "loss": "all", "steps": 120_000}
+    assert sizes | training == {name: settings[name] for name in sizes | training}
 
 
-def test_fid_and_kid_where_the_weights_are(inception_weights):
-    """Those of the two sets' features; a set is at distance 0 from itself."""
-    scorer = inpaint.Inception(inception_weights, torch.device("cpu"))
-    cats = inpaint.cartoon_cats(6, 32)
-    found = scorer.scores(cats, cats[:, ::-1])
-    with torch.inference_mode():
-        network = fid.load_inception(weights=inception_weights)
-        x, y = (network(fid.network_input(list(images), "cpu")).numpy() for images in (cats, cats[:, ::-1]))
-    assert found["fid"] == pytest.approx(fid.frechet_distance_from_features(x, y), rel=1e-4)
-    assert found["kid"] == pytest.approx(fid.kernel_distance(x, y)[0], rel=1e-4)
-    assert scorer.scores(cats, cats)["fid"] < 1e-6 * found["fid"]
-
-
-def write_pairs(folder, sizes, share=0.3):
-    """The reports' folders: masked_image/image_NNN.png with a grey hole and mask64/mask_NNN.png; [(image, hole)]."""
+def write_pairs(folder, *pictures):
+    """The reports' folders: masked_image/image_NNN.png with a grey hole and mask64/mask_NNN.png, of pictures (width,
+    height, share that is hidden): [(image, hole)]."""
     pairs = []
-    for name in ("masked_image", "mask64"):
-        (folder / name).mkdir(parents=True)
-    for i, (width, height) in enumerate(sizes):
+    for i, (width, height, share) in enumerate(pictures):
         hole = np.random.default_rng(i).random((height, width)) < share
         hole[:, width // 2 :] |= share > 0  # some tokens show nothing
         image = np.where(hole[..., None], 128, noise_picture(i, width, height)).astype(np.uint8)
-        Image.fromarray(image).save(folder / "masked_image" / f"image_{i:03d}.png")
-        Image.fromarray(np.where(hole, 0, 255).astype(np.uint8)).save(folder / "mask64" / f"mask_{i:03d}.png")
         pairs.append((image, hole))
+        for name, pixels in (("masked_image/image", image), ("mask64/mask", np.where(hole, 0, 255).astype(np.uint8))):
+            (folder / name).parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{name}_{i:03d}.png")
     return pairs
 
 
-def fill_call(monkeypatch, run, folder, *options):
-    paths = ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", folder / "out"]
-    call_inpaint(monkeypatch, "--checkpoint", run / "model.pt", *paths, "--device", "cpu", *options)
+def filled_pairs(monkeypatch, run, folder, *options, out="out"):
+    """What inpaint.py makes of the folders of write_pairs: {name: picture}."""
+    paths = ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", folder / out]
+    call_inpaint(monkeypatch, "--checkpoint", run / "model.pt", "--device", "cpu", *paths, *options)
+    return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / out).iterdir())}
 
 
 def test_folders_as_in_the_reports(inpaint_run, tmp_path, monkeypatch, capsys):
-    """Of the model's size and others: what was visible comes back bit by bit, the holes are filled."""
-    pairs = write_pairs(tmp_path, [(16, 16), (16, 16), (40, 32), (7, 9)])
-    fill_call(monkeypatch, inpaint_run, tmp_path)
-    results = [np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").iterdir())]
-    assert [file.name for file in sorted((tmp_path / "out").iterdir())] == [f"image_{i:03d}.png" for i in range(4)]
-    for result, (image, hole) in zip(results, pairs, strict=True):
+    """Of the model's size and others, with no hole and nothing else: what was visible comes back bit by bit."""
+    pairs = write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3), (40, 32, 0.3), (7, 9, 0.3), (16, 16, 0), (16, 16, 1))
+    results = filled_pairs(monkeypatch, inpaint_run, tmp_path)
+    assert [*results] == [f"image_{i:03d}" for i in range(6)]
+    for result, (image, hole) in zip(results.values(), pairs, strict=True):
         assert result.shape == image.shape and (result[~hole] == image[~hole]).all()
-        assert (result[hole] != 128).any()
+        assert (result[hole] != 128).any() == hole.any()
     assert "2 pictures were filled at the model's 16x16" in capsys.readouterr().out
     with pytest.raises(ValueError, match="image_000.png exists"):
-        fill_call(monkeypatch, inpaint_run, tmp_path)
-    fill_call(monkeypatch, inpaint_run, tmp_path, "--force", "--seed", "1")
-    again = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
-    assert (again != results[0]).any()
+        filled_pairs(monkeypatch, inpaint_run, tmp_path)
+    again = filled_pairs(monkeypatch, inpaint_run, tmp_path, "--force", "--seed", "1")
+    assert (again["image_000"] != results["image_000"]).any()
 
 
-def test_samples_and_whole_pictures(inpaint_run, tmp_path, monkeypatch):
-    pairs = write_pairs(tmp_path, [(16, 16)] * 2, share=0.5)
-    fill_call(monkeypatch, inpaint_run, tmp_path, "--samples", "3", "--whole", "--order", "entropy")
-    shown = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert shown == [f"image_00{i}{end}.png" for i in range(2) for end in ("", "_1", "_2", "_3")]
-    first, second = (np.asarray(Image.open(tmp_path / "out" / f"image_000_{i}.png")) for i in (1, 2))
-    side_by_side = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
-    assert side_by_side.shape == (16, 64, 3)
-    assert (side_by_side[:, :16] == pairs[0][0]).all() and (side_by_side[:, 16:32] == first).all()
-    assert (first != second).any()
-    patches = first.reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1)
+def test_samples_whole_pictures_and_one_mask_for_all(inpaint_run, tmp_path, monkeypatch):
+    (image, _), (other, hole) = write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
+    results = filled_pairs(monkeypatch, inpaint_run, tmp_path, "--samples", "3", "--whole", "--order", "entropy")
+    assert [*results] == [f"image_00{i}{end}" for i in range(2) for end in ("", "_1", "_2", "_3")]
+    side_by_side, *samples = list(results.values())[:4]
+    assert (side_by_side == np.concatenate([image, *samples], axis=1)).all() and (samples[0] != samples[1]).any()
+    patches = samples[0].reshape(4, 4, 4, 4, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1)
     centroids = load_checkpoint(inpaint_run / "model.pt")["tokenizer"].centroids
     assert all(np.abs(np.round(centroids * 255) - patch).max(axis=1).min() <= 1 for patch in patches)
+    options = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax", "--decode-steps", 3]
+    results = filled_pairs(monkeypatch, inpaint_run, tmp_path, *options, "--stop-after", 2, out="one mask")
+    for result, before in zip(results.values(), (image, other), strict=True):
+        assert (result[~hole] == before[~hole]).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_no_hole_and_nothing_but_hole(inpaint_run, tmp_path, monkeypatch, share):
-    ((image, _),) = write_pairs(tmp_path, [(16, 16)], share)
-    fill_call(monkeypatch, inpaint_run, tmp_path)
-    result = np.asarray(Image.open(tmp_path / "out" / "image_000.png"))
-    assert (result == image).all() == (share == 0)
-
-
-def test_single_files_and_one_mask_for_all(inpaint_run, tmp_path, monkeypatch):
-    write_pairs(tmp_path, [(16, 16)] * 3)
-    masks = tmp_path / "mask64" / "mask_001.png"
-    call_inpaint(
-        monkeypatch, "--checkpoint", inpaint_run / "model.pt", "--images", tmp_path / "masked_image", "--masks", masks,
-        "--out", tmp_path / "out", "--device", "cpu", "--sample", "argmax", "--decode-steps", 3, "--stop-after", 2,
-    )  # fmt: skip
-    assert len(list((tmp_path / "out").iterdir())) == 3
-    hole = np.asarray(Image.open(masks)) < 128
-    for i in range(3):
-        result, image = (
-            np.asarray(Image.open(tmp_path / folder / f"image_{i:03d}.png")) for folder in ("out", "masked_image")
-        )
-        assert (result[~hole] == image[~hole]).all()
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "square"])
-def test_trace_of_a_schedule(inpaint_run, schedule):
+def test_trace_of_a_schedule(inpaint_run):
     """After step t a hole of N tokens has floor(gamma(t / T) N) left; the pictures show those in grey."""
     checkpoint = load_checkpoint(inpaint_run / "model.pt")
-    images, holes, trace = inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool), []
-    options = {"schedule": schedule, "steps": 5, "order": "confidence", "evidence": False}
-    inpaint.fill(checkpoint, images, holes, options, trace=trace)
+    options = {"steps": 5, "order": "confidence", "evidence": False, "blend": False}
     gamma = {"linear": lambda r: 1 - r, "cosine": lambda r: math.cos(math.pi * r / 2), "square": lambda r: 1 - r * r}
-    for t, (codes, hidden) in enumerate(trace, start=1):
-        expected = min(math.floor(gamma[schedule](t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
-        masks, pictures = inpaint.trace_pictures(checkpoint["tokenizer"], images, holes, codes, hidden, blend=False)
-        assert int(hidden.sum()) == expected == (masks[0, ::4, ::4, 0] == 255).sum()
-        assert (pictures[0][masks[0, ..., 0] == 255] == 128).all()
+    for name, left in gamma.items():
+        holed = inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool)
+        shown = inpaint.trace_pictures(checkpoint, *holed, options | {"schedule": name})
+        for t, (masks, pictures) in enumerate(shown, start=1):
+            expected = min(math.floor(left(t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
+            assert (masks[0, ::4, ::4, 0] == 255).sum() == expected and (pictures[masks == 255] == 128).all()
 
 
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
-    write_pairs(tmp_path, [(16, 16)] * 2)
+    write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3))
     images, masks, out = tmp_path / "masked_image", tmp_path / "mask64", tmp_path / "out"
-    good = {"--checkpoint": inpaint_run / "model.pt", "--images": images, "--masks": masks, "--out": out}
+    filling = ["--checkpoint", inpaint_run / "model.pt", "--images", images, "--masks", masks, "--out", out]
     (empty := tmp_path / "empty").mkdir()
     shutil.copytree(images, damaged := tmp_path / "damaged")
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
@@ -2027,29 +1950,27 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
     (others / "mask_001.png").rename(others / "mask_007.png")
     save_checkpoint(other := tmp_path / "other.pt", tiny_model())
     (text := tmp_path / "text.pt").write_text("no model")
-    for change, said in [
-        ({"--images": empty}, "empty holds no pictures"),
-        ({"--images": tmp_path / "nothing"}, "no folder or file"),
-        ({"--images": damaged}, "image_001.png cannot be read"),
-        ({"--masks": small}, r"mask_001.png is 8x8, .*image_001.png is 16x16"),
-        ({"--masks": fewer}, "2 pictures, .* 1 masks"),
-        ({"--masks": others}, "image_001.png and mask_007.png"),
-        ({"--masks": empty}, "empty holds no pictures"),
-        ({"--checkpoint": other}, "no checkpoint of inpaint.py"),
-        ({"--checkpoint": text}, "damaged or no checkpoint"),
-        ({"--checkpoint": tmp_path / "none.pt"}, "there is no checkpoint"),
+    for *arguments, said in [
+        (*filling, "--images", empty, "empty holds no pictures"),
+        (*filling, "--images", tmp_path / "nothing", "no folder or file"),
+        (*filling, "--images", damaged, "image_001.png cannot be read"),
+        (*filling, "--masks", small, r"mask_001.png is 8x8, .*image_001.png is 16x16"),
+        (*filling, "--masks", fewer, "2 pictures, .* 1 masks"),
+        (*filling, "--masks", others, "image_001.png and mask_007.png"),
+        (*filling, "--masks", empty, "empty holds no pictures"),
+        (*filling, "--checkpoint", other, "no checkpoint of inpaint.py"),
+        (*filling, "--checkpoint", text, "damaged or no checkpoint"),
+        (*filling, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
+        (*TINY_CATS, "--out", out, "--data", empty, "empty holds no pictures"),
+        (*TINY_CATS, "--out", out, "--data", images, "too few"),
+        ("--checkpoint", other, "^2$"),
+        ("--size", "30", "^2$"),
+        ("--patch", "0", "^2$"),
+        ("--schedules", "linear,cubist", "^2$"),
     ]:
-        with pytest.raises(ValueError, match=said) as error:
-            call_inpaint(monkeypatch, *itertools.chain(*(good | change).items()), "--device", "cpu")
+        with pytest.raises((ValueError, SystemExit), match=said) as error:
+            call_inpaint(monkeypatch, *arguments, "--device", "cpu")
         assert "\n" not in str(error.value) and not out.exists()
-    for arguments in [("--checkpoint", other), ("--size", "30"), ("--patch", "0"), ("--schedules", "linear,cubist")]:
-        with pytest.raises(SystemExit, match="2"):
-            call_inpaint(monkeypatch, *arguments)
-    with pytest.raises(ValueError, match="empty holds no pictures"):
-        call_inpaint(monkeypatch, *TINY_CATS, "--data", empty, "--out", out)
-    with pytest.raises(ValueError, match="too few"):
-        call_inpaint(monkeypatch, *TINY_CATS, "--data", images, "--out", out)
-    assert not out.exists()
 
 
 # ---------------------------------------------------------------------------------------------------
