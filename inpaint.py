@@ -14,6 +14,7 @@ A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (-
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import math
@@ -42,7 +43,6 @@ HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 VALIDATION_SEED, TEST_SEED = 1, 2  # of the holes
 GREY = 128  # what R1 and R2 paint the hole with
 AT_ONCE = 64  # pictures that the model is given, whatever their number
-ORDERS = ("confidence", "random", "halton", "entropy")
 
 # ---------------------------------------------------------------------------------------------------
 # Pictures
@@ -257,7 +257,11 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
     to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too."""
     tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"])
-    decoding = {name: value for name, value in options.items() if name not in ("evidence", "blend")}
+    own = ("evidence", "blend", "choice_temperature")
+    decoding = {name: value for name, value in options.items() if name not in own}
+    if options["order"] == "confidence":
+        noise = options["choice_temperature"]
+        decoding["order"] = functools.partial(maskgit.by_confidence, choice_temperature=noise)
     decoding |= {"evidence": evidence, "trace": trace, "generator": torch.Generator(tokens.device).manual_seed(seed)}
     with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
         tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, **decoding)
@@ -466,7 +470,7 @@ def ways_to_fill(settings):
     ways = [("as set", chosen), ("as set, not blended", chosen | {"blend": False})]
     ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
     ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
-    ways += [(f"order {order}", chosen | {"order": order}) for order in ORDERS if order != chosen["order"]]
+    ways += [(f"order {order}", chosen | {"order": order}) for order in maskgit.ORDERS if order != chosen["order"]]
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
         ways.append((f"{schedule}, T={steps}", reports | {"schedule": schedule, "steps": steps}))
     return ways
@@ -513,14 +517,11 @@ def draw_pictures(checkpoint, images, holes, history, settings):
     sheet(np.array(rows), [f"step {t}" for t in range(1, steps + 1)]).save(out / "steps.png")
     frames = [grey, *(pictures for _, pictures in trace_pictures(checkpoint, images, holes, options))]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
-    logged = [row["step"] for row in history]
-    training, validation = ([row[name] for row in history] for name in ("loss", "validation"))
-    maskgit.line_plot(
-        {"training": (logged, training), "validation": (logged, validation)},
-        title="Inpainting: loss in training, and on the holes of validation pictures",
-        x_label="step",
-        y_label="cross-entropy, nats per hidden token",
-    ).save(out / "loss.png")
+    names = {"training": "loss", "validation": "validation"}
+    curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
+    labels = {"x_label": "step", "y_label": "cross-entropy, nats per hidden token"}
+    title = "Inpainting: loss in training, and on the holes of validation pictures"
+    maskgit.line_plot(curves, title=title, **labels).save(out / "loss.png")
 
 
 def sheet(pictures, titles=()):
@@ -590,9 +591,8 @@ def fill_files(settings):
     if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
         raise ValueError(f"{settings.checkpoint} is no checkpoint of inpaint.py")
     size = checkpoint["config"]["size"]
-    resized = sum(
-        read_pair(*pair, size)[1].shape != (size, size) for pair in pairs
-    )  # all are read before one is written
+    shapes = [read_pair(*pair, size)[1].shape for pair in pairs]  # all are read before one is written
+    resized = sum(shape != (size, size) for shape in shapes)
     settings.out.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(pairs), AT_ONCE):
         read = [read_pair(*pair, size) for pair in pairs[start : start + AT_ONCE]]
@@ -617,7 +617,7 @@ def fill_files(settings):
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
-DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "rotary": True, "batch_size": 8, "lr": 4e-3, "steps": 3300}
+DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "batch_size": 8, "lr": 4e-3, "steps": 3300, "mask": "cosine"}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
 REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
@@ -627,7 +627,6 @@ REPORT |= {"loss": "all", "mirror": False, "dropout": 0.1}
 def parse_arguments():
     """The settings, and the names of those that --resume may change, since they do not touch the weights."""
     parser, count, yes_no = maskgit.CommandLine(__doc__), maskgit.at_least(1), argparse.BooleanOptionalAction
-    parser.add_run_options("runs/inpaint")
     add = parser.add_argument_group("pictures and holes").add_argument
     add("--data", help="folder of pictures; default: drawn cartoon cats")
     add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
@@ -635,15 +634,13 @@ def parse_arguments():
     add("--patch", type=count, default=4, help="pixels per side of a token, default %(default)s")
     add("--codes", type=maskgit.at_least(2), default=1024, help="of the codebook, default %(default)s")
     add("--mirror", action=yes_no, default=True, help="train on mirrored pictures as well")
-    add("--mask", type=maskgit.mask_kind, default="cosine", help="hidden tokens in training, default %(default)s")
     add("--hole", choices=HOLES, default="brush", help="of validation and scores, default %(default)s")
     add("--validation-images", type=count, default=200, help="default %(default)s")
-    parser.add_model_options()
-    parser.add_training_options()
+    parser.add_shared_options("runs/inpaint")
     add = parser.add_argument
     add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
     add("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
-    add("--betas", type=maskgit.share, nargs=2, default=(0.9, 0.95), help="of AdamW")
+    add("--betas", type=maskgit.at_least(0.0, float, below=1.0), nargs=2, default=(0.9, 0.95), help="of AdamW")
     for_training = vars(parser.parse_args([]))
 
     add = parser.add_argument_group("filling").add_argument
@@ -654,7 +651,7 @@ def parse_arguments():
     add("--samples", type=count, default=1, help="different results for each picture")
     add("--decode-steps", type=count, default=10)
     add("--schedule", choices=maskgit.SCHEDULES, default="cosine")
-    add("--order", choices=ORDERS, default="confidence")
+    add("--order", choices=maskgit.ORDERS, default="confidence")
     add("--sample", choices=("categorical", "argmax"), default="categorical")
     add("--temperature", type=maskgit.at_least(1e-6, float), default=0.7)
     add("--choice-temperature", type=maskgit.at_least(0.0, float), default=1.0)
@@ -686,9 +683,7 @@ def main():
     if settings.checkpoint:
         fill_files(settings)
         return
-    device = maskgit.open_run(settings)
-    settings.record = maskgit.run_record()
-    started = time.monotonic()
+    device, started = maskgit.open_run(settings), time.monotonic()
     split = open_pictures(settings.data, settings.cartoons, settings.size, settings.seed)
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -406,19 +406,16 @@ def parse_arguments():
     add("--remedies", action="store_true", help="S2's four remedies on the sparse task, three seeds each")
     add("--test-images", type=maskgit.at_least(8), help="default 1000, of the grid task 200")
     add("--proposals", type=count, help="of the chain behind each posterior; default 8000, of the grid task 3000")
-    parser.add_run_options("runs/rectangles_TASK")
     add = parser.add_argument_group("images").add_argument
     add("--rectangles", type=count, help="train on so many rectangles (S2: 100); default: fresh ones at every step")
     add("--fixed-points", action="store_true", help="each of the --rectangles always with the same points (S2)")
     add("--points", type=maskgit.at_least(2), default=24, help="patches per training image of the sparse task")
     add("--sampling", choices=("uniform", "edges", "cornerless"), default="uniform", help="where the points lie")
-    add("--mask", type=maskgit.mask_kind, help="a schedule, a fraction, or several that share each batch: 0.2+cosine")
     add("--soft-targets", type=maskgit.at_least(0.0, float), default=0.0, help="width; near codes are nearly right")
-    parser.add_model_options()
-    parser.add_training_options()
+    parser.add_shared_options("runs/rectangles_TASK")
     known = parser.parse_known_args()[0]
     task = "sparse" if known.remedies else known.task
-    parser.set_defaults(task=task, out=Path(f"runs/rectangles_{task}"), dim=64, layers=4, rotary=True)
+    parser.set_defaults(task=task, out=Path(f"runs/rectangles_{task}"), dim=64, layers=4)
     parser.set_defaults(**GRID if task == "grid" else SPARSE)
     if known.remedies:  # one budget for all
         parser.set_defaults(steps=400, out=Path("runs/rectangles_remedies"))
@@ -432,7 +429,6 @@ def parse_arguments():
 
 def main():
     settings = parse_arguments()
-    settings.record = maskgit.run_record()  # now: the code may change while it runs
     (run_remedies if settings.remedies else run)(settings)
 
 

@@ -138,13 +138,19 @@ def cosine_head_limit(prior, kind, count):
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
 ORDERS = {
-    "entropy": {"order": "entropy"},
-    "confidence": {"order": "confidence"},
-    "confidence, log prob.": {"order": "confidence", "confidence": "log_probability"},
-    "confidence, no noise": {"order": "confidence", "choice_temperature": 0.0},
-    "random": {"order": "random"},
-    "halton": {"order": "halton"},
+    "entropy": maskgit.by_entropy,
+    "confidence": maskgit.by_confidence,
+    "confidence, log prob.": functools.partial(maskgit.by_confidence, log_probability=True),
+    "confidence, no noise": functools.partial(maskgit.by_confidence, choice_temperature=0.0),
+    "random": maskgit.at_random,
+    "halton": maskgit.by_halton,
 }
+
+
+def decoding(order, certain=None, **options):
+    """decode's arguments for one of ORDERS."""
+    function = ORDERS[order] if certain is None else functools.partial(ORDERS[order], certain=certain)
+    return {"order": function, **options}
 
 
 def fill(model, tokens, mask, device, seed, **options):
@@ -203,7 +209,7 @@ def compare_orders(model, prior, device, inputs, decoders):
     for given, (tokens, mask) in inputs.items():
         for order, options in decoders:
             for marginals, predictor in (("model", model), ("exact", ExactModel(prior.to(device)))):
-                result = judge(predictor, prior, tokens, mask, device, ORDERS[order] | options, TEST_SEED)
+                result = judge(predictor, prior, tokens, mask, device, decoding(order, **options), TEST_SEED)
                 rows.append({"given": given, "order": order, **options, "marginals": marginals, **result})
     return rows
 
@@ -401,17 +407,14 @@ def parse_arguments():
     add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
     add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind each figure, default %(default)s")
-    parser.add_run_options("runs/squares")
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)
     add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
-    add("--mask", type=maskgit.mask_kind, default="cosine", help="single (pixel), a schedule, or a fraction: 0.2")
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
-    parser.add_model_options()
-    parser.add_training_options()
-    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, rotary=True, batch_size=126, lr=6e-3)
+    parser.add_shared_options("runs/squares")
+    parser.set_defaults(mask="cosine", dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
     if settings.steps is None:
@@ -424,7 +427,6 @@ def parse_arguments():
 
 def main():
     settings = parse_arguments()
-    settings.record = maskgit.run_record()  # now: the code may change while it runs
     if settings.ablation:
         run_ablation(settings)
     elif settings.completions:

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures
+from maskgit import CommandLine, at_least, print_table, run_as_script, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "test_maskgit.py"
@@ -182,7 +182,7 @@ def main():
     parser.add_argument("--skip-check", action="store_true", help="do not run all tests without a fault first")
     parser.add_argument("--limit", type=at_least(60), default=900, help="seconds of one run of the tests")
     settings = parser.parse_args()
-    settings.record, rows = run_record(), []
+    rows = []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, but tests send it
     faults = [(file, *fault) for file, listed in FAULTS.items() for fault in listed]
     faults = [fault for fault in faults if any(settings.only in text for text in fault)]

@@ -31,7 +31,7 @@ import pytorch_fid.inception  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid as ours  # noqa: E402
-from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures  # noqa: E402
+from maskgit import CommandLine, at_least, print_table, run_as_script, write_figures  # noqa: E402
 
 FORMS = {
     "png": lambda image: (image, "png"),
@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record = run_record() | {"pytorch-fid": version("pytorch-fid"), "scipy": version("scipy")}
+    settings.record |= {"pytorch-fid": version("pytorch-fid"), "scipy": version("scipy")}
     files = sorted(path for path in settings.images.iterdir() if path.suffix in (".jpg", ".png"))
     count = min(max(ours.DIMS) + 100, len(files) // 2)
     with tempfile.TemporaryDirectory() as scratch:

@@ -32,7 +32,6 @@ from maskgit import (
     precision_context,
     print_table,
     run_as_script,
-    run_record,
     training_mask,
     write_figures,
 )
@@ -148,7 +147,7 @@ def main():
     if settings.measure:
         quantity, work, value = settings.measure
         return measure(quantity, work, int(value))
-    settings.record, rows = run_record(), []
+    rows = []
     for quantity, works in GROWTH.items():
         curves = {}
         for work, (_, argument, values) in works.items():

@@ -28,7 +28,6 @@ from maskgit import (
     plus_plus,
     print_table,
     run_as_script,
-    run_record,
     write_figures,
 )
 
@@ -78,7 +77,7 @@ def main():
     parser.add_argument("--starts", type=count, default=5)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record = run_record() | {"scikit-learn": sklearn.__version__, "faiss": faiss.__version__}
+    settings.record |= {"scikit-learn": sklearn.__version__, "faiss": faiss.__version__}
     points, rows = photo_patches(settings.images, settings.points), []
     for seed in range(settings.starts):
         start, start_seconds = timed(plus_plus, points, settings.codes, np.random.default_rng(seed))

@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint as ours
-from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
+from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, write_figures
 
 METHODS = {"Telea": cv2.INPAINT_TELEA, "Navier-Stokes": cv2.INPAINT_NS}
 RADIUS = 3  # pixels around the hole that are looked at, OpenCV's usual value
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--test-images", type=at_least(1), default=100)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record = run_record() | {"opencv": cv2.__version__}
+    settings.record |= {"opencv": cv2.__version__}
     run = load_checkpoint(settings.checkpoint)["config"]
     images = ours.open_pictures(run["data"], run["cartoons"], run["size"], run["seed"]).test[: settings.test_images]
     rows = []

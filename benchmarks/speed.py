@@ -35,7 +35,6 @@ from maskgit import (
     precision_context,
     print_table,
     run_as_script,
-    run_record,
     training_mask,
     write_figures,
 )
@@ -186,7 +185,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record, device = run_record(), pick_device(settings.device)
+    device = pick_device(settings.device)
     torch.manual_seed(0)
     tokens, _, coords = random_batch(settings.batch_size, device)
     ours = MaskGIT(**ARCHITECTURE).to(device)

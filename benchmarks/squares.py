@@ -18,7 +18,6 @@ from maskgit import (
     pick_device,
     print_table,
     run_as_script,
-    run_record,
     write_figures,
 )
 
@@ -46,7 +45,7 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record, device, rows = run_record(), pick_device(settings.device), []
+    device, rows = pick_device(settings.device), []
     for seed in range(settings.seeds):
         for name, target, options in VARIANTS:
             seconds, kl = race(options, seed, device)

@@ -33,7 +33,7 @@ import fid
 import inpaint
 import train_rectangles
 import train_squares
-from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
+from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_squares": train_squares, "train_rectangles": train_rectangles, "inpaint": inpaint, "fid": fid}
@@ -358,7 +358,7 @@ def main():
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
-    settings.record, rng = run_record(), random.Random(settings.seed)
+    rng = random.Random(settings.seed)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         files, bad_files = fuzz_files(scratch / "files", settings.files, rng)
