@@ -1168,7 +1168,7 @@ def test_posterior_equals_counting():
     for row in range(40):
         visible = [(p, int(tokens[row, p])) for p in range(64) if not mask[row, p]]
         agreeing = [image for image in SQUARES.tolist() if all(image[p] == colour for p, colour in visible)]
-        assert found[row].tolist() == pytest.approx([sum(pixel) / len(agreeing) for pixel in zip(*agreeing)])  # noqa: B905
+        assert found[row].numpy() == pytest.approx(np.mean(agreeing, axis=0))
     torch.testing.assert_close(found[0], SQUARES.float().mean(dim=0))
 
 
@@ -1189,11 +1189,12 @@ def test_scores_are_expectations_over_the_posterior():
     assert exact["kl"] == pytest.approx(0, abs=1e-6) == exact["accuracy"] - exact["posterior_accuracy"]
     assert exact["limit"] == pytest.approx(0.216, abs=0.006) and exact["accuracy"] == pytest.approx(0.910, abs=0.004)
     assert train_squares.score(model, SQUARES, "single", 4096, 1)["accuracy"] > 0.99
-    # The best of all pairs of similarities in [-1, 1], pixel by pixel.
-    white, difference = (
-        train_squares.test_set(SQUARES, "cosine", 200, 10**9 + 1)[2],
-        torch.linspace(-2, 2, 401)[:, None],
-    )
+
+
+def test_cosine_heads_limit_by_brute_force():
+    """No pair of similarities in [-1, 1] does better on any pixel."""
+    white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
+    difference = torch.linspace(-2, 2, 401)[:, None]
     best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
     assert train_squares.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
 
@@ -1263,7 +1264,7 @@ def tokenizer():
     return train_rectangles.fit_tokenizer(0)
 
 
-def test_rectangles_are_uniform_corners_with_room_between_and_points_as_they_are_named():
+def test_rectangles_are_uniform_corners_with_room_between():
     for task in ("grid", "sparse"):
         rectangles = train_rectangles.draw_rectangles(5000, 0, task)
         sides = rectangles[:, 2:] - rectangles[:, :2]
@@ -1271,7 +1272,11 @@ def test_rectangles_are_uniform_corners_with_room_between_and_points_as_they_are
         # The distance of two uniform numbers in [0, 16], if it is at least 2, has the mean below.
         assert sides.mean() == pytest.approx(2 + 14 / 3, abs=0.15)
         assert (rectangles * 16 == np.rint(rectangles * 16)).all() == (task == "grid")
-    rectangles, rng = rectangles[:300], np.random.default_rng(0)
+
+
+def test_point_samplings():
+    rng = np.random.default_rng(0)
+    rectangles = train_rectangles.draw_rectangles(300, rng, "sparse")
     edges, cornerless = (train_rectangles.draw_points(s, rectangles, 8, rng) for s in ("edges", "cornerless"))
     mixed = np.abs(train_rectangles.coverage(rectangles, edges).mean(axis=-1) - 0.5) < 0.5  # neither 0 nor 1
     assert mixed[:, ::2].mean() > 0.99 and mixed[:, 1::2].mean() < 0.7
@@ -1442,14 +1447,8 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
     for name in pictures:
         Image.open(out / name).verify()
     assert figures == json.loads((out / "metrics.json").read_text())
-    assert {
-        "command",
-        "commit",
-        "machine",
-        "settings",
-        "seconds",
-        "completions" if squares else "log",
-    } <= figures.keys()
+    required = {"command", "commit", "machine", "settings", "seconds", "completions" if squares else "log"}
+    assert required <= figures.keys()
     scores = figures["tasks" if squares else "scores"]
     assert ", ".join(scores) == scored
     for row in scores.values():
@@ -1492,6 +1491,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
     combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
     assert len(rows) == len(combinations) == (3 + 1) * 2 * 7 * 2  # inputs and schedules, orders, steps, marginals
+    assert all(row["most_calls"] <= row["steps"] for row in rows)
     monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
     monkeypatch.setattr(train_squares, "ABLATION", train_squares.ABLATION | {"dim": 8, "layers": 1})
     assert call(monkeypatch, train_squares, "--ablation", "--steps", "4", *out, "--device", "cpu") == 0
