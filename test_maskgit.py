@@ -1863,7 +1863,7 @@ def test_samples_whole_pictures_and_one_mask_for_all(inpaint_run, tmp_path, monk
 def test_trace_of_a_schedule(inpaint_run):
     """After step t a hole of N tokens has floor(gamma(t / T) N) left; the pictures show those in grey."""
     checkpoint = load_checkpoint(inpaint_run / "model.pt")
-    options = {"steps": 5, "order": "confidence", "evidence": False, "blend": False}
+    options = {"steps": 5, "order": "confidence", "choice_temperature": 1.0, "evidence": False, "blend": False}
     gamma = {"linear": lambda r: 1 - r, "cosine": lambda r: math.cos(math.pi * r / 2), "square": lambda r: 1 - r * r}
     for name, left in gamma.items():
         holed = inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool)
