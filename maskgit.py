@@ -2,15 +2,8 @@
 
 An image is a set of discrete tokens at known coordinates. Some of them are hidden. The transformer sees all the others
 at once and gives, for each hidden one, a distribution over the codes; `decode` commits a few hidden tokens per step
-until none is left. Read from top to bottom:
-
-    Tokens           kmeans, PatchTokenizer
-    Positions        grid_coords, position_encoding, rotary_angles
-    Transformer      Attention, Block, MaskGIT
-    Masking          SCHEDULES, random_mask, training_mask, masked_cross_entropy
-    Decoding         ORDERS, decode
-    Training         train, save_checkpoint, load_checkpoint
-    For the scripts  command line, records, pictures: a copy may end before them
+until none is left. In the order in which data flows: tokens, positions, transformer, masking, decoding; then training;
+then what only the scripts need.
 
 Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are bool with True = hidden, coordinates are
 (x, y). Sources: "paper" is Chang et al., MaskGIT, CVPR 2022; S1 and S2 are the two blog posts on squares and
@@ -67,10 +60,10 @@ class KMeansResult(NamedTuple):
 def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
     """Cluster points (N, D) around k centroids: Lloyd's iterations from a k-means++ start.
 
-    A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the
-    mean variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start.
-    A seed repeats its result, as long as the number of threads, by which sums are rounded, is the same.
-    Raises ValueError on points that are not finite, and on fewer than k distinct ones.
+    A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the mean
+    variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start. A seed
+    repeats its result for the same number of threads, by which sums are rounded. ValueError on points that are not
+    finite, and on fewer than k distinct ones.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
@@ -157,12 +150,9 @@ def squared_distances(points, centroids, labels):
 
 
 class PatchTokenizer:
-    """Square patches of images, each named by the nearest of a set of typical patches.
-
-    centroids (codes, patch * patch * C) are those typical patches, flattened row by row; patches lie `stride` pixels
-    apart, the default being `patch`, and overlap where it is less. The images' sides must be patch + a multiple of
-    stride: S2's 16x16 with patch 4 and stride 1 gives 13x13 tokens, R1's and R2's 64x64 with patch 4 gives 16x16.
-    """
+    """Square patches of images, each named by the nearest of typical ones: centroids (codes, patch * patch * C),
+    flattened row by row. Patches lie `stride` pixels apart (default: patch), and overlap where it is less. S2's 16x16
+    with patch 4 and stride 1 gives 13x13 tokens, R1's and R2's 64x64 with patch 4 gives 16x16."""
 
     def __init__(self, centroids, patch, stride=None):
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
@@ -224,12 +214,11 @@ def grid_coords(height, width):
 
 
 def position_encoding(coords, dim, layout="split"):
-    """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32, with dim divisible by 4.
+    """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32, with dim divisible by 4. The first half of
+    the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
 
-    The first half of the dimensions encodes x, the second half y; even dimensions are sines, odd ones cosines.
-    layout="split": each axis has all frequencies from 1 to 1/10000 rad per unit, as if it had dim / 2 dimensions to
-    itself. layout="printed": S1's formula as typed. The frequency of dimension i is 10000^(-i / dim) on both axes, so
-    y only has those below 0.01 rad per unit: its rows look nearly alike.
+    layout="split" gives each axis all frequencies from 1 to 1/10000 rad per unit. "printed" is S1's formula as typed:
+    dimension i has 10000^(-i / dim) on both axes, so y only gets those below 0.01 and its rows look nearly alike.
     """
     if dim % 4:
         raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
@@ -242,12 +231,10 @@ def position_encoding(coords, dim, layout="split"):
 
 
 def rotary_angles(coords, dim):
-    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2).
-
-    A query and a key turned by the angles of their positions have a product that depends on the difference of the
+    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2), dim
+    divisible by 4. The product of a query and a key, each turned by its position's, depends on the difference of the
     positions alone (Su et al., RoFormer, 2021). Half of the pairs follow x, the others y, at frequencies from pi, which
-    turns neighbouring cells against each other, to pi / 100 rad per unit. `dim` must be divisible by 4.
-    """
+    turns neighbouring cells against each other, to pi / 100 rad per unit."""
     if dim % 4:
         raise ValueError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
     pairs = dim // 4
@@ -267,10 +254,7 @@ def turn(x, angles):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a causal mask: (B, T, D) -> (B, T, D).
-
-    angles (1 or B, 1, T, D / heads / 2) make it rotary, see rotary_angles.
-    """
+    """Multi-head self-attention, not causal: (B, T, D) -> (B, T, D); rotary by angles (1 or B, 1, T, d / 2)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -294,11 +278,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: (B, T, D) -> (B, T, D).
-
-    norm="post" is S1's: x = LN1(x + drop(MHA(x))), x = LN2(x + MLP(x)).
-    norm="pre" normalises what enters each branch, so the sum of the branches stays untouched.
-    """
+    """One transformer layer: (B, T, D) -> (B, T, D). norm="post" is S1's: x = LN1(x + drop(MHA(x))),
+    x = LN2(x + MLP(x)); "pre" normalises what enters each branch, so the sum of the branches stays untouched."""
 
     def __init__(self, dim, heads, hidden, dropout, norm):
         super().__init__()
@@ -316,19 +297,15 @@ class Block(nn.Module):
 
 
 class MaskGIT(nn.Module):
-    """The bidirectional transformer: tokens (B, T) at coords (T, 2) or (B, T, 2) -> logits (B, T, codes).
+    """The bidirectional transformer: tokens (B, T) at coords (T, 2) or (B, T, 2) -> logits (B, T, codes). Tokens are
+    0 .. codes-1, or `mask_id` (== codes) where hidden; [MASK] never gets a logit.
 
-    Tokens are 0 .. codes-1, or `mask_id` (== codes) where hidden; [MASK] never gets a logit.
-
-    norm      "pre" or "post", see Block.
-    head      what turns the last state, after a small MLP, into logits (E is the embedding table):
-              "tied"    dot product with each code's row of E, plus a bias per code (paper);
-              "cosine"  cosine similarity with each code's row of E (S1). At most 1, so with K codes the
-                        cross-entropy cannot fall below log(1 + (K-1) e^-2), unless learn_temperature
-                        multiplies the similarities by a learned scale;
-              "linear"  a linear layer (S1's alternative, "predict the one-hot code").
-    positions the layout of position_encoding.
-    rotary    attention also sees the differences of the coordinates, see rotary_angles.
+    norm is Block's, positions the layout of position_encoding; rotary lets attention see differences of coordinates.
+    head turns the last state, after a small MLP, into logits:
+    "tied"    dot product with each code's row of the embedding table, plus a bias per code (paper);
+    "cosine"  cosine similarity with it (S1). At most 1, so with K codes the cross-entropy cannot fall below
+              log(1 + (K-1) e^-2), unless learn_temperature multiplies the similarities by a learned scale;
+    "linear"  a linear layer (S1's alternative, "predict the one-hot code").
     """
 
     def __init__(
@@ -381,9 +358,8 @@ class MaskGIT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Masking
 
-# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1,
-# gamma(1) = 0. Takes and returns floats or numpy arrays. The paper compares cosine, linear, square, sqrt,
-# cubic and exp; R1 and R2 use the first three.
+# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1, gamma(1) = 0. Takes
+# and returns floats or numpy arrays. The paper compares all but arccos and log; R1 and R2 use the first three.
 SCHEDULES = {
     "cosine": lambda r: np.cos(r * (math.pi / 2)),
     "linear": lambda r: 1 - r,
@@ -397,10 +373,8 @@ SCHEDULES = {
 
 
 def random_mask(shape, ratio, generator=None):
-    """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool (B, T).
-
-    shape is (B, T); ratio is a float, or one per row, in [0, 1].
-    """
+    """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool, of shape (B, T). ratio is in [0, 1], one for
+    all rows or one for each."""
     rows, tokens = shape
     ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
@@ -412,11 +386,9 @@ def random_mask(shape, ratio, generator=None):
 
 
 def training_mask(shape, kind, generator=None):
-    """Random hidden tokens of a kind: bool (B, T).
-
-    kind is a name of SCHEDULES, to hide gamma(r) of each row with r uniform (paper); a fraction such as "0.2"
-    or "single" for one token (S2); or several kinds that share the rows, such as "0.2+cosine".
-    """
+    """Random hidden tokens of a kind: bool, of shape (B, T). kind is a name of SCHEDULES, to hide gamma(r) of each row
+    with r uniform (paper); a share such as "0.2", or "single" for one token (S2); or several that share the rows, such
+    as "0.2+cosine"."""
     kinds = kind.split("+")
     if len(kinds) > 1:
         parts = torch.arange(shape[0]).tensor_split(len(kinds))
@@ -432,11 +404,9 @@ def training_mask(shape, kind, generator=None):
 
 
 def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, count=None):
-    """Cross-entropy in nats, averaged over the hidden tokens: a scalar.
-
-    logits (B, T, K), mask (B, T); targets are codes (B, T), or a distribution for each token (B, T, K). count replaces
-    the number of tokens to divide by, so that the parts of a larger batch add up to its mean.
-    """
+    """Cross-entropy in nats, averaged over the hidden tokens: a scalar. logits (B, T, K), mask (B, T); targets are
+    codes (B, T), or a distribution for each token (B, T, K). count replaces the number of tokens to divide by, so that
+    the parts of a larger batch add up to its mean."""
     targets = targets.transpose(1, 2) if targets.ndim == 3 else targets
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
     return (loss * mask).sum() / (mask.sum() if count is None else count)
@@ -637,22 +607,19 @@ def train(
     compile=False, validate=None, best_by=None, log_steps=100, out=None, tokenizer=None, config=None,
     checkpoint_steps=None, resume=False,
 ):  # fmt: skip
-    """Train `model`, on the device where it is, to predict the hidden tokens of `batch(step)`.
+    """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
-    batch(step) returns tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch of that step, as a
-    pure function of the step, so that a resumed run ends with the same weights as one that never stopped. Started by
-    torchrun, each process takes its share of the rows; accumulate=n works through them in n parts. The gradient is
-    always that of the mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it).
-    soft_targets (K, K) holds the distribution to predict in place of each code. For lr, warmup and decay see
-    learning_rate_factor; gradients are clipped to norm `clip`; ema > 0 validates and saves a moving average.
+    batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
+    the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
+    process takes its share of the rows; accumulate=n works through them in n parts. The gradient is always that of the
+    mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it). soft_targets (K, K)
+    holds the distribution to predict in place of each code. ema > 0 validates and saves a moving average of weights.
 
     out is a folder for model.pt, written every checkpoint_steps steps or five minutes, and log.csv, with a row every
-    log_steps steps to which validate(model) -> dict of floats may add columns. The result is the last model, or the
-    one whose column `best_by` was the lowest. resume goes on from out/model.pt, if config, plain values that are saved,
-    is the same. Ctrl-C finishes the step and saves; a second run with the same out is refused.
-
-    Returns the rows of log.csv; the model then holds the result. Raises ValueError when the loss is no longer finite;
-    the last checkpoint stays as it was.
+    log_steps steps to which validate(model) -> dict of floats may add columns. In the end the model is the last one, or
+    the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if config, plain values that are
+    saved, is the same. Ctrl-C finishes the step and saves; a second run with the same out is refused; a loss that is no
+    longer finite raises ValueError. In each case the last checkpoint stays whole.
     """
     device, (rank, world), out = next(model.parameters()).device, process_rank(), out and Path(out)
     run = Run(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema, best_by)
@@ -682,9 +649,7 @@ def train(
         if stopped and rank == 0:
             run.save(out, tokenizer, config)
     if world > 1:
-        # Gloo's threads need the interpreter's lock once more after the last exchange, and destroying the group
-        # waits for them with that lock held: without a pause both may wait for ever.
-        time.sleep(0.5)
+        time.sleep(0.5)  # destroying the group holds the interpreter's lock, which Gloo's threads need once more
         del network
         torch.distributed.destroy_process_group()
     if stopped:
@@ -775,9 +740,11 @@ class Run:
 
     def save(self, out, tokenizer, config):
         self.require_finite()
-        training = dict(progress={name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history")})
-        training |= dict(model=self.model.state_dict(), average=self.average and self.average.state_dict())
-        training |= dict(optimizers=[optimizer.state_dict() for optimizer in self.optimizers])
+        progress = {name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history")}
+        training = dict(
+            progress=progress, model=self.model.state_dict(), average=self.average and self.average.state_dict()
+        )
+        training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         belongings = dict(tokenizer=tokenizer, config=config, step=self.step, training=training)
         if out:
             save_checkpoint(out / "model.pt", self.best or self.current, **belongings)
@@ -785,20 +752,18 @@ class Run:
 
     def resume(self, path, config, device):
         """Go on where the run at `path` stopped; ValueError if that run had another config."""
-        checkpoint, now = load_checkpoint(path, device), config or {}
-        before, saved = checkpoint["config"] or {}, checkpoint["training"]
+        checkpoint = load_checkpoint(path, device)
+        before, now, saved = checkpoint["config"] or {}, config or {}, checkpoint["training"]
         for name in sorted(before.keys() | now.keys()):
-            if before.get(name) != now.get(name):
-                was, asked = f"{path} was trained with {name}={before.get(name)}", now.get(name)
-                raise ValueError(f"{was}, not {asked}; resume as it was")
+            if (was := before.get(name)) != now.get(name):
+                raise ValueError(f"{path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
         try:
             vars(self).update(saved["progress"])
             self.best = checkpoint["model"] if self.best_by and self.history else None
-            self.model.load_state_dict(saved["model"])
-            if self.average:
-                self.average.load_state_dict(saved["average"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            states = [saved["model"], *saved["optimizers"], *([saved["average"]] if self.average else [])]
+            parts = [self.model, *self.optimizers, *([self.average] if self.average else [])]
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no training that fits this run: {error}".splitlines()[0]) from None
         self.started -= self.seconds
@@ -852,8 +817,7 @@ def delayed_interrupt(device):
     def interrupted():
         flag = torch.tensor(float(pressed.is_set()))
         if process_rank()[1] > 1:
-            flag = flag.to(device)
-            torch.distributed.all_reduce(flag)
+            torch.distributed.all_reduce(flag := flag.to(device))
         return bool(flag)
 
     with contextlib.ExitStack() as at_the_end:
@@ -875,12 +839,11 @@ def only_writer(folder):
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by the system however the process ends
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {folder}; --out renames") from None
-        except OSError:
-            pass  # a file system without locks
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it up however the process ends
+            except BlockingIOError:
+                raise ValueError(f"another run is writing to {folder}; --out renames") from None
         yield
     finally:
         os.close(handle)
@@ -947,40 +910,36 @@ class CommandLine(argparse.ArgumentParser):
 
     def add_shared_options(self, out):
         """What all scripts have; each sets the defaults of its model and training."""
-        count, amount, share = at_least(1), at_least(0.0, float), at_least(0.0, float, below=1.0)
-        add = self.add_argument_group("run").add_argument
+        add, count = self.add_argument_group("run, model and training").add_argument, at_least(1)
+        amount, share = at_least(0.0, float), at_least(0.0, float, below=1.0)
         add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
         add("--json", type=Path, help="write the figures to this file as well")
         add("--resume", action="store_true", help="go on with the run in --out")
         add("--force", action="store_true", help="start over in a folder that holds a run")
         add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
         add("--seed", type=at_least(0), default=0)
-        add = self.add_argument_group("model").add_argument
-        add("--dim", type=count)
-        add("--heads", type=count)
-        add("--layers", type=count)
-        add("--hidden", type=count, help="of the MLPs, default 4 x dim")
-        add("--dropout", type=share, default=0.0)
-        add("--norm", choices=("pre", "post"), default="pre")
-        add("--head", choices=("tied", "cosine", "linear"), default="linear")
-        add("--learn-temperature", action="store_true", help="of the cosine head")
-        add("--positions", choices=("split", "printed"), default="split")
-        add("--rotary", action=argparse.BooleanOptionalAction, default=True, help="attention sees relative positions")
-        add = self.add_argument_group("training").add_argument
-        add("--mask", help="hidden tokens: single, a schedule, a share, or several, as 0.2+cosine")
-        add("--steps", type=count)
+        for flag in ("--dim", "--heads", "--layers", "--steps"):
+            add(flag, type=count)
+        add("--hidden", type=count, help="width of the MLPs, default 4 x dim")
         add("--batch-size", type=count, help="of all processes together")
-        add("--optimizer", choices=("adamw", "muon"), default="muon")
+        add("--mask", help="hidden tokens: single, a schedule, a share, or several of them, as 0.2+cosine")
+        add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
+        add("--checkpoint-steps", type=count, help="write model.pt so often, besides every 5 minutes")
         add("--lr", type=amount)
         add("--warmup", type=at_least(0), default=100)
-        add("--decay", choices=("constant", "linear", "cosine"), default="linear")
         add("--weight-decay", type=amount, default=0.0)
         add("--clip", type=amount, default=1.0, help="largest norm of the gradient")
-        add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
+        add("--dropout", type=share, default=0.0)
         add("--ema", type=share, default=0.0, help="decay of a moving average of the weights")
+        add("--optimizer", choices=("adamw", "muon"), default="muon")
+        add("--decay", choices=("constant", "linear", "cosine"), default="linear")
         add("--precision", choices=("auto", "float32", "bf16"), default="auto")
+        add("--norm", choices=("pre", "post"), default="pre")
+        add("--head", choices=("tied", "cosine", "linear"), default="linear")
+        add("--positions", choices=("split", "printed"), default="split")
+        add("--learn-temperature", action="store_true", help="of the cosine head")
+        add("--rotary", action=argparse.BooleanOptionalAction, default=True, help="attention sees relative positions")
         add("--compile", action="store_true", help="torch.compile")
-        add("--checkpoint-steps", type=count, help="besides every 5 minutes")
 
 
 def at_least(low, kind=int, below=None):
