@@ -136,6 +136,8 @@ def test_kmeans_fills_empty_clusters():
     far_away = np.full((2, 3), 1000, dtype=np.float32)  # no point is near these two
     result = kmeans(points, 4, init=np.concatenate([points[:2], far_away]), max_iter=50)
     assert (np.bincount(result.labels, minlength=4) > 0).all() and np.abs(result.centroids).max() < 20
+    farthest = kmeans(np.array([[0], [1], [2], [10]]), 2, init=[[0.5], [1000]], max_iter=1)
+    assert farthest.centroids.ravel().tolist() == [3.25, 10]
 
 
 def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
@@ -151,8 +153,9 @@ def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
 def test_plus_plus_draws_by_squared_distance():
     points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
     rng = np.random.default_rng(0)
-    pairs = np.array([maskgit.plus_plus(points, 2, rng)[:, 0] for _ in range(6000)])
-    assert np.mean(pairs[pairs[:, 0] == 0, 1] == 3) == pytest.approx(9 / 10, abs=0.03)
+    chosen = np.array([maskgit.plus_plus(points, 3, rng)[:, 0] for _ in range(6000)])
+    assert np.mean(chosen[chosen[:, 0] == 0, 1] == 3) == pytest.approx(9 / 10, abs=0.03)
+    assert (np.sort(chosen, axis=1) == points[:, 0]).all(), "none is chosen twice"
 
 
 def test_nearest_centroid_equals_brute_force_far_from_the_origin():
@@ -318,8 +321,10 @@ def test_heads_by_hand_and_no_logit_for_mask(head, norm):
     if head == "tied":
         torch.nn.init.normal_(model.bias)
     model.to_logits.register_forward_hook(lambda module, arguments, output: states.append(output))
+    model.blocks[0].register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
     tokens = torch.tensor([[0, 4, model.mask_id, 2]])
     logits = model(tokens, coords)
+    torch.testing.assert_close(states.pop(0), 4 * model.embedding.weight[tokens] + position_encoding(coords, 16)[None])
     assert model.mask_id == 5 and logits.shape == (1, 4, 5)
     for t, k in itertools.product(range(4), range(5) if head != "linear" else ()):
         state, code = states[0][0, t], model.embedding.weight[k]
@@ -851,6 +856,7 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
     """With dropout, after a run that broke off between two checkpoints and two rows of the log."""
     options = {"log_steps": 6, "checkpoint_steps": 4, "config": {"dim": 16}, "dropout": 0.1} | options
     undisturbed, rows = trained(**options)
+    assert not torch.equal(undisturbed, trained(seed=1, **options)[0]), "dropout follows the seed"
     with pytest.raises(KeyboardInterrupt):
         trained(broken_off_at(11), out=tmp_path, **options)
     assert load_checkpoint(tmp_path / "model.pt")["step"] == 8
@@ -870,7 +876,8 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
             signal.raise_signal(signal.SIGINT)
         return striped_batch(step)
 
-    before, options = signal.getsignal(signal.SIGINT), {"steps": 10, "dropout": 0.1, "out": tmp_path / "run"}
+    signal.signal(signal.SIGINT, before := signal.default_int_handler)  # a background job's is to ignore it
+    options = {"steps": 10, "dropout": 0.1, "out": tmp_path / "run"}
     with pytest.raises(KeyboardInterrupt):
         trained(functools.partial(signalled, 2), **options)
     assert not (tmp_path / "run").exists()
@@ -962,15 +969,14 @@ def test_bf16_trains_close_to_float32():
     assert near == pytest.approx(exact, rel=0.05) and near != exact
 
 
-def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save_checkpoint(path, tiny_model(), step=1)
-
-    def disk_full(contents, file):
-        file.write(b"half")
+@pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
+def test_checkpoint_is_replaced_whole(function, tmp_path, monkeypatch):
+    def disk_full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(torch, "save", disk_full)
+    path = tmp_path / "model.pt"
+    save_checkpoint(path, tiny_model(), step=1)
+    monkeypatch.setattr(function, disk_full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, tiny_model(), step=2)
     assert load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
@@ -1206,6 +1212,8 @@ def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
     for images, times in ((shown, 50), (shown[:252], 2)):
         assert ((images[:, None] == SQUARES).all(dim=-1).sum(dim=0) == times).all()
     assert all(map(torch.equal, batch(7), again(7))) and not torch.equal(shown[:252], shown[252:504])
+    settings.seed = 4
+    assert not any(map(torch.equal, batch(7)[:2], train_squares.make_batch(SQUARES, settings)(7)))
     gamma = [64 * math.cos(math.pi / 2 * i / 50) for i in range(51)]
     for i, hidden in enumerate(batch(7)[1].sum(dim=1).tolist()):
         assert gamma[i + 1] <= hidden <= math.ceil(gamma[i])
@@ -1331,7 +1339,9 @@ def test_batches_depend_on_the_step_alone(tokenizer):
     first, second = (train_rectangles.make_batch(tokenizer, settings) for _ in range(2))
     for step in (4, 0):
         assert all((a == b).all() for a, b in zip(first(step), second(step), strict=True))
-    assert not torch.equal(first(0)[2], first(1)[2])
+    assert not any(map(torch.equal, first(0), first(1)))
+    settings.seed = 4
+    assert not any(map(torch.equal, first(0), train_rectangles.make_batch(tokenizer, settings)(0)))
     settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points
     for settings.task, settings.fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
         batch = train_rectangles.make_batch(tokenizer, settings)
@@ -1393,6 +1403,24 @@ def test_picture_errors_by_hand(tokenizer, monkeypatch):
         assert found[name] == pytest.approx(errors[name].mean(), rel=1e-4)
     excess = errors["likeliest"] - errors["tokenizer"]
     assert found["likeliest_excess"] == pytest.approx([excess.mean(), excess.std() / 2**0.5], rel=1e-3)
+    codes = tokenizer.nearest(train_rectangles.coverage(test.draws, train_rectangles.GRID_POINTS))
+    assert (codes == test.tokens)[~test.mask].all()
+    exact = train_rectangles.picture_errors(codes, tokenizer, test.rectangles)
+    assert found["posterior"] == pytest.approx(exact.mean(), rel=1e-6)
+
+
+def test_hidden_tokens_are_not_shown_to_the_model_that_is_scored(tokenizer):
+    test, model = (
+        train_rectangles.make_test("sparse", train_rectangles.draw_rectangles(9, 0), tokenizer),
+        tiny_model(codes=20),
+    )
+    tokens, mask = (
+        torch.from_numpy(test.tokens).masked_fill(torch.from_numpy(test.mask), 20),
+        torch.from_numpy(test.mask),
+    )
+    with torch.no_grad():
+        expected = model(tokens, torch.from_numpy(test.points).float()).log_softmax(dim=-1)[mask]
+    torch.testing.assert_close(train_rectangles.hidden_log_probs(model, test), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_are_drawn_where_they_lie(tokenizer):
@@ -1789,10 +1817,11 @@ def test_training_batches(monkeypatch):
     both = np.concatenate([plain, flipped])
     assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
     assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
-    monkeypatch.setattr(maskgit, "train_as_set", lambda settings, codes, batch, device, **options: batch)
+    monkeypatch.setattr(maskgit, "train_as_set", lambda settings, codes, batch, device, best_by, **_: (batch, best_by))
     monkeypatch.setattr(sys, "argv", ["inpaint.py", "--batch-size", "6000"])
     settings, split = inpaint.parse_arguments()[0], inpaint.Split(images, images, images)
-    batch = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
+    batch, best_by = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
+    assert best_by == "validation"
     tokens, mask, coords = batch(3)
     assert tokens.shape == mask.shape == (6000, 16) and coords.shape == (16, 2) and mask.any(dim=1).all()
     assert {tuple(row) for row in tokens.tolist()} == {tuple(codes.ravel().tolist()) for codes in both}
@@ -1860,7 +1889,7 @@ def test_samples_whole_pictures_and_one_mask_for_all(inpaint_run, tmp_path, monk
         assert (result[~hole] == before[~hole]).all()
 
 
-def test_trace_of_a_schedule(inpaint_run):
+def test_trace_of_a_schedule_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
     """After step t a hole of N tokens has floor(gamma(t / T) N) left; the pictures show those in grey."""
     checkpoint = load_checkpoint(inpaint_run / "model.pt")
     options = {"steps": 5, "order": "confidence", "choice_temperature": 1.0, "evidence": False, "blend": False}
@@ -1871,6 +1900,9 @@ def test_trace_of_a_schedule(inpaint_run):
         for t, (masks, pictures) in enumerate(shown, start=1):
             expected = min(math.floor(left(t / 5) * 16 + 1e-9), 16 - t) if t < 5 else 0
             assert (masks[0, ::4, ::4, 0] == 255).sum() == expected and (pictures[masks == 255] == 128).all()
+    monkeypatch.setattr(inpaint, "AT_ONCE", 1)
+    first, second = inpaint.fill_in_batches(checkpoint, *(np.repeat(array, 2, axis=0) for array in holed), options)
+    assert (first != second).any()
 
 
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
@@ -2183,6 +2215,9 @@ def test_running_sums_equal_numpys_statistics(kept, monkeypatch):
     np.testing.assert_allclose(found.sigma, np.cov(features, rowvar=False), rtol=1e-8)
     rows = set(map(tuple, found.features))
     assert rows <= set(map(tuple, features)) and len(rows) == len(found.features) == min(kept, 103)
+    assert kept > 103 or rows != set(map(tuple, features[:kept])), "chosen at random"
+    other = fid.statistics_of([features + 1], 103)
+    assert fid.fid_of(found, other) == pytest.approx(6, rel=1e-3), "of all images, however many are kept"
 
 
 @pytest.fixture
