@@ -465,12 +465,7 @@ def by_halton(step):
 
 def radical_inverse(k, base):
     """The digits of k in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375."""
-    value, unit = 0.0, 1.0
-    while k:
-        unit /= base
-        k, digit = divmod(k, base)
-        value += digit * unit
-    return value
+    return sum(k // base**i % base / base ** (i + 1) for i in range(24))
 
 
 def by_entropy(step, certain=0.05):
@@ -954,10 +949,8 @@ def at_least(low, kind=int, below=None):
 
 
 def run_as_script(main):
-    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130.
-
-    Of several processes the first alone writes to the screen.
-    """
+    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130. Of
+    several processes the first alone writes to the screen."""
     keep_freed_memory()
     if process_rank()[0] > 0:
         sys.stdout = None  # print() then does nothing
@@ -1069,10 +1062,8 @@ COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
-    """Images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns`, each pixel `scale` wide: a PIL image.
-
-    titles: a line of text above each column.
-    """
+    """Images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns` with titles above them, each pixel `scale`
+    wide: a PIL image."""
     pixels = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
     rows, top = math.ceil(count / columns), 22 if titles else 0
@@ -1093,16 +1084,14 @@ def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
 
 
 def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, log_y=False):
-    """A line chart as a PIL image, with its legend to the right.
-
-    curves      {label: (x values, y values)}; what is not finite, or not positive on a log axis, is left out
-    references  {label: y}: dashed horizontal lines, such as a limit that can be computed; likewise
-    """
+    """A line chart of curves {label: (x values, y values)} and dashed levels, references {label: y}, such as a limit,
+    as a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
     levels = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
     lines = {}
     for label, curve in curves.items():
         points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x + y)]
         lines[label] = [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]
+    lines = {label: line for label, line in lines.items() if line}
     points = sum(lines.values(), [])
     if not points:
         raise ValueError(f"nothing to plot in {title!r}")

@@ -45,7 +45,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("(ratio * tokens).ceil()", "(ratio * tokens).floor()"),
         ("return rank < count[:, None]", "return rank <= count[:, None]"),
         ("return (loss * mask).sum() /", "return loss.sum() /"),
-        ("tokens, hidden, memory = tokens.masked_fill(mask, model.mask_id),", "tokens, hidden, memory = tokens.clone(),"),
+        ("hidden, memory = tokens.masked_fill(mask, model.mask_id),", "hidden, memory = tokens.clone(),"),
         ("with evaluation_mode(model):", "with contextlib.nullcontext():"),
         ("(logits / temperature).log_softmax(dim=-1)", "(logits / temperature).log_softmax(dim=0)"),
         (".masked_fill(~commits, model.mask_id)", ".masked_fill(commits, model.mask_id)"),
