@@ -34,9 +34,7 @@ import fid
 import maskgit
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Where training and validation end in the range of the images' hashes, [0, 1); of the 8,303 photographs the parts are
-# about 7,000, 500 and 803.
-PART_ENDS = (0.843, 0.843 + 0.060)
+PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
 RIM_NOISE = 3.5  # more than 1, since pixels are correlated; the best of 2, 3, 3.5, 4 and 5 on validation photographs
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
@@ -71,31 +69,22 @@ def read_picture(file, mode):
         raise ValueError(f"{file} cannot be read: {error}") from None
 
 
-def readable(files):
-    """Pictures of those files that can be read; the others are named."""
-    for file in files:
-        try:
-            yield read_picture(file, "RGB")
-        except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
-
-
 Split = namedtuple("Split", ("training", "validation", "test"))  # pictures (N, size, size, 3) uint8 each
 
 
 def open_pictures(folder, cartoons, size, seed):
     """A Split of a folder's distinct pictures, centre-cropped and resized, or without a folder of so many drawn cats.
-
     The part of a picture depends on its pixels alone, so that adding others never moves it from test to training. All
-    lie in temporary files (TMPDIR says where), so that memory does not limit them.
-    """
-    if folder:
-        images = readable(picture_files(Path(folder)))
-    else:
-        images = map(Image.fromarray, cartoon_cats(cartoons, size, seed))
+    lie in temporary files (TMPDIR says where), so that memory does not limit them."""
+    sources = picture_files(Path(folder)) if folder else cartoon_cats(cartoons, size, seed)
     files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115  they are closed with the arrays
     digests, duplicates = [set(), set(), set()], 0
-    for image in images:
+    for source in sources:
+        try:
+            image = read_picture(source, "RGB") if folder else Image.fromarray(source)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
         pixels = np.asarray(image)
         digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
         part = np.searchsorted(PART_ENDS, int.from_bytes(digest[:6], "big") / 2**48, side="right")
@@ -451,9 +440,8 @@ def score(checkpoint, test, seen, settings):
         as_set[name] = picture_scores(*other, fill_in_batches(checkpoint, *other, options_of(settings)))
     entropies = {"test": cross_entropy(checkpoint, *test), "seen": cross_entropy(checkpoint, *seen)}
     entropies["with evidence"] = cross_entropy(checkpoint, *test, informed=True)
-    figures = {"scored": len(images), "cross_entropy": entropies, "as set": as_set, "rows": rows}
-    figures["hidden"] = {"pixels": float(holes.mean()), "tokens": float(mask.float().mean())}
-    return figures
+    hidden = {"pixels": float(holes.mean()), "tokens": float(mask.float().mean())}
+    return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
 
 def options_of(settings):
@@ -627,7 +615,7 @@ REPORT |= {"loss": "all", "mirror": False, "dropout": 0.1}
 def parse_arguments():
     """The settings, and the names of those that --resume may change, since they do not touch the weights."""
     parser, count, yes_no = maskgit.CommandLine(__doc__), maskgit.at_least(1), argparse.BooleanOptionalAction
-    add = parser.add_argument_group("pictures and holes").add_argument
+    add = parser.add_argument_group("pictures, holes and loss").add_argument
     add("--data", help="folder of pictures; default: drawn cartoon cats")
     add("--cartoons", type=count, default=6000, help="number of cats to draw, default %(default)s")
     add("--size", type=count, default=64, help="pixels per side, default %(default)s")
@@ -636,14 +624,13 @@ def parse_arguments():
     add("--mirror", action=yes_no, default=True, help="train on mirrored pictures as well")
     add("--hole", choices=HOLES, default="brush", help="of validation and scores, default %(default)s")
     add("--validation-images", type=count, default=200, help="default %(default)s")
-    parser.add_shared_options("runs/inpaint")
-    add = parser.add_argument
     add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
     add("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
     add("--betas", type=maskgit.at_least(0.0, float, below=1.0), nargs=2, default=(0.9, 0.95), help="of AdamW")
+    parser.add_shared_options("runs/inpaint")
     for_training = vars(parser.parse_args([]))
 
-    add = parser.add_argument_group("filling").add_argument
+    add = parser.add_argument_group("filling and scores").add_argument
     add("--checkpoint", type=Path, help="fill files by this model instead of training one")
     add("--images", type=Path, help="folder of pictures to fill, or one file")
     add("--masks", type=Path, help="their masks, in the same order: 255 = visible, 0 = hole; or one for all")
@@ -658,23 +645,20 @@ def parse_arguments():
     add("--evidence", action=yes_no, default=True, help="use the visible pixels of tokens that are partly in a hole")
     add("--blend", action=yes_no, default=True, help="shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
-    add = parser.add_argument_group("scores").add_argument
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
     add("--schedules", default="linear,cosine,square", help="of the table, default %(default)s")
     add("--weights", type=Path, help="Inception weights for FID and KID; default: those that fid.py has fetched")
     known = parser.parse_known_args()[0]
-    parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}))
-    if known.checkpoint:
-        parser.set_defaults(out=Path("runs/filled"))
+    out = {"out": Path("runs/filled")} if known.checkpoint else {}
+    parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}) | out)
     settings = parser.parse_args()
     if settings.checkpoint and not (settings.images and settings.masks):
         parser.error("--checkpoint fills --images by their --masks: name both")
     if settings.size % settings.patch:
         parser.error(f"--size {settings.size} is not divisible by --patch {settings.patch}")
-    unknown = set(settings.schedules.split(",")) - set(maskgit.SCHEDULES)
-    if unknown:
-        parser.error(f"unknown schedules {', '.join(unknown)}; choose from {', '.join(maskgit.SCHEDULES)}")
+    for schedule in settings.schedules.split(","):
+        maskgit.require_choice("schedule", schedule, maskgit.SCHEDULES)
     return settings, vars(settings).keys() - for_training.keys()
 
 
@@ -687,9 +671,8 @@ def main():
     split = open_pictures(settings.data, settings.cartoons, settings.size, settings.seed)
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    if settings.resume:
-        tokenizer = maskgit.load_checkpoint(settings.out / "model.pt")["tokenizer"]
-    else:
+    tokenizer = settings.resume and maskgit.load_checkpoint(settings.out / "model.pt")["tokenizer"]
+    if not settings.resume:
         images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
         tokenizer = maskgit.PatchTokenizer.fit(images, settings.codes, settings.patch, seed=settings.seed)
     prepared = time.monotonic()
@@ -709,8 +692,7 @@ def main():
     print_scores(figures)
     draw_pictures(checkpoint, images[:8], holes[:8], history, settings)
     print("seconds: " + ", ".join(f"{name} {value}" for name, value in figures["seconds"].items()))
-    names = ("samples.png", "steps.png", "reconstruction.png", "loss.png", "decode.gif")
-    print("pictures:", *(settings.out / name for name in names))
+    print("pictures:", *sorted(settings.out.glob("*.png")), settings.out / "decode.gif")
     print(f"fill your own: python inpaint.py --checkpoint {settings.out}/model.pt --images DIR --masks DIR --out DIR")
 
 

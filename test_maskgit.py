@@ -1935,7 +1935,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch):
         ("--checkpoint", other, "^2$"),
         ("--size", "30", "^2$"),
         ("--patch", "0", "^2$"),
-        ("--schedules", "linear,cubist", "^2$"),
+        ("--schedules", "linear,cubist", "unknown schedule 'cubist'"),
     ]:
         with pytest.raises((ValueError, SystemExit), match=said) as error:
             call_inpaint(monkeypatch, *arguments, "--device", "cpu")
