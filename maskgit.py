@@ -531,6 +531,8 @@ def decode(
 
             most = scheduled_there[t].minimum(had - 1).clamp(min=0)
             choice = order(Step(log_probs, values, image, place, all_coords, most, t, steps, generator, memory))
+            if choice.shape != values.shape:
+                raise ValueError(f"an order returned {tuple(choice.shape)} for {len(values)} hidden tokens")
             own_pace = choice.dtype == torch.bool
             if own_pace:  # the tokens chosen, or the most certain one where an image has none; at last all
                 chosen = torch.zeros_like(had).index_add(0, image, choice.long())
