@@ -445,6 +445,7 @@ def by_confidence(step, choice_temperature=4.5, log_probability=False):
 
 
 def at_random(step):
+    """Any, whatever the model says."""
     return torch.rand(step.values.shape, generator=step.generator, device=step.values.device)
 
 
@@ -455,17 +456,19 @@ def by_halton(step):
         coords = step.coords
         low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
         priority = torch.full(coords.shape[:2], math.inf, device=coords.device)  # (B, T)
-        for k in range(coords.shape[1]):
-            point = low + (high - low) * coords.new_tensor([radical_inverse(k, 2), radical_inverse(k, 3)])
-            distance = (coords - point).square().sum(dim=-1).masked_fill(priority.isfinite(), math.inf)
-            priority.scatter_(1, distance.argmin(dim=1, keepdim=True), float(-k))
+        k = torch.arange(coords.shape[1], dtype=torch.float64, device=coords.device)
+        points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
+        for i in range(len(points)):
+            distance = (coords - (low + (high - low) * points[i])).square().sum(dim=-1)
+            nearest = distance.masked_fill(priority.isfinite(), math.inf).argmin(dim=1, keepdim=True)
+            priority.scatter_(1, nearest, float(-i))
         step.memory["halton"] = priority
     return step.memory["halton"][step.image, step.place]
 
 
 def radical_inverse(k, base):
-    """The digits of k in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375."""
-    return sum(k // base**i % base / base ** (i + 1) for i in range(24))
+    """The digits of numbers k (T,) in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375. (T,)"""
+    return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
 
 
 def by_entropy(step, certain=0.05):

@@ -122,10 +122,8 @@ def test_kmeans_equals_brute_force_from_the_same_start(iterations):
     assert result.inertia == pytest.approx(inertia, rel=1e-4)
 
 
-def test_kmeans_inertia_never_rises_and_tol_ends_it():
+def test_kmeans_ends_when_nothing_moves_or_by_tol():
     points = np.random.default_rng(2).random((3000, 8)).astype(np.float32)
-    runs = [kmeans(points, 20, init=points[:20], max_iter=i, tol=0) for i in range(1, 15)]
-    assert all(after.inertia <= before.inertia * (1 + 1e-6) for before, after in itertools.pairwise(runs))
     converged = kmeans(points, 20, init=points[:20], max_iter=500, tol=0)
     assert 1 < converged.iterations < 500
     assert kmeans(points, 20, init=points[:20], tol=0.1).iterations < converged.iterations
@@ -212,12 +210,6 @@ def test_position_encoding_equals_its_formula_dimension_by_dimension(layout):
         exponent = i / dim if layout == "printed" else (within - within % 2) / (dim // 2)
         angle = (x if i < dim // 2 else y) * 10000**-exponent
         assert encoded[row, i].item() == pytest.approx(math.sin(angle) if i % 2 == 0 else math.cos(angle), abs=1e-5)
-
-
-def test_printed_layout_hardly_tells_rows_apart_and_split_does():
-    rows = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
-    printed, split = (position_encoding(rows, 64, layout).diff(dim=0).abs().max() for layout in ("printed", "split"))
-    assert printed < 0.011 and split > 0.8
 
 
 def test_rotary_angles_equal_their_formula():
@@ -391,9 +383,6 @@ def test_training_masks_and_several_kinds_that_share_the_rows():
     mask = training_mask((6, 100), "0.2+single+linear", seeded())
     assert mask.sum(dim=1)[:4].tolist() == [20, 20, 1, 1]
     assert training_mask((6, 100), "0.2", seeded()).sum() == 120
-    cosine = training_mask((1000, 64), "cosine", seeded()).sum(dim=1)
-    expected = [math.ceil(64 * math.cos(math.pi / 2 * (i + 0.5) / 1000)) for i in range(1000)]
-    assert (cosine - torch.tensor(expected)).abs().max() <= 1
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -538,19 +527,12 @@ def committed_first(order, probabilities, **options):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_decode_draws_from_the_model_at_a_temperature(temperature):
-    probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.25, 0.25]])
+    probabilities = torch.tensor([[0.0, 0.1, 0.2, 0.7, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])  # what has none is never drawn
     drawn = decode_from_nothing(probabilities.tolist(), 40000, order="random", temperature=temperature)
     expected = probabilities ** (1 / temperature)
     expected /= expected.sum(dim=-1, keepdim=True)
-    torch.testing.assert_close(F.one_hot(drawn, 3).float().mean(dim=0), expected, rtol=0, atol=0.013)
-
-
-def test_draws_follow_the_probabilities():
-    """Frequencies of 40,000 draws within five standard errors; what has no probability is never drawn."""
-    probabilities = torch.tensor([[0.0, 0.1, 0.0, 0.6, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
-    found = maskgit.draw(probabilities.log().repeat(40_000, 1), seeded()).view(-1, 2)
-    error = (probabilities * (1 - probabilities) / 40_000).sqrt()
-    assert bool(((F.one_hot(found, 6).float().mean(dim=0) - probabilities).abs() <= 5 * error).all())
+    error = (expected * (1 - expected) / 40000).sqrt()
+    assert bool(((F.one_hot(drawn, 5).float().mean(dim=0) - expected).abs() <= 5 * error).all())
 
 
 def test_confidence_commits_the_most_probable_first():
