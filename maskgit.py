@@ -264,9 +264,8 @@ class Attention(nn.Module):
 
     def forward(self, x, angles=None):
         b, t, d = x.shape
-        qkv = (
-            self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        )  # (3, B, heads, T, D / heads)
+        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D / heads)
         query, key = qkv[:2] if angles is None else turn(qkv[:2], angles)
         value = qkv[2]
         if query.is_cpu and query.requires_grad and query.dtype == torch.bfloat16:
@@ -309,8 +308,8 @@ class MaskGIT(nn.Module):
     """
 
     def __init__(
-        self, codes, dim, heads, layers, hidden=None, dropout=0.1, norm="pre", head="tied", learn_temperature=False,
-        positions="split", rotary=False,
+        self, codes, dim, heads, layers, hidden=None, dropout=0.1, norm="pre", head="tied", positions="split",
+        rotary=False, learn_temperature=False,
     ):  # fmt: skip
         super().__init__()
         hidden = hidden or 4 * dim
@@ -336,9 +335,8 @@ class MaskGIT(nn.Module):
 
     def forward(self, tokens, coords):
         dim, head = self.config["dim"], self.config["head"]
-        x = self.embedding(tokens) * math.sqrt(dim) + position_encoding(
-            coords, dim, self.config["positions"]
-        )  # (B, T, D)
+        positions = position_encoding(coords, dim, self.config["positions"])
+        x = self.embedding(tokens) * math.sqrt(dim) + positions  # (B, T, D)
         angles = None
         if self.config["rotary"]:
             angles = rotary_angles(coords, dim // self.config["heads"])  # (T, d / 2) or (B, T, d / 2)
