@@ -1034,26 +1034,6 @@ def test_cuda_decodes_without_a_wait(order):
 # For the scripts
 
 
-def test_a_copy_may_end_before_the_scripts_part(tmp_path):
-    """It still trains, saves, resumes and decodes."""
-    source = (HERE / "maskgit.py").read_text()
-    (tmp_path / "method.py").write_text(source[: source.index("# For the scripts\n")])
-    (tmp_path / "use.py").write_text("""
-import torch, method
-def batch(step):
-    tokens = torch.randint(2, (8, 4), generator=torch.Generator().manual_seed(step))
-    return tokens, method.training_mask(tokens.shape, "cosine"), method.grid_coords(2, 2)
-for resume in (False, True):
-    model = method.MaskGIT(2, 8, 2, 1)
-    method.train(model, batch, steps=4, out="run", resume=resume, ema=0.5, optimizer="muon", precision="bf16")
-hidden = torch.ones(3, 4, dtype=torch.bool)
-for order in method.ORDERS:
-    print(method.decode(model, hidden.long(), hidden, method.grid_coords(2, 2), order=order).shape)
-""")
-    run = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.stdout.count("torch.Size([3, 4])") == 4, run.stderr
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_kept_memory_is_not_fetched_again():
     """Page faults of blocks of 32 and of 8 MB, eight at a time, before and after (in a process of its own)."""
@@ -2301,15 +2281,18 @@ def test_fid_as_a_program(two_folders, inception_weights):
 # The README
 
 
-def test_readme_example_runs_on_maskgit_alone(tmp_path):
-    """maskgit.py in an empty folder, and the README's example word for word."""
-    readme = (HERE / "README.md").read_text()
-    example = re.search(r"```python\n(import torch.*?)```", readme, re.DOTALL)[1]
-    shutil.copy(HERE / "maskgit.py", tmp_path)
-    (tmp_path / "example.py").write_text(example)
+@pytest.mark.parametrize("whole", [True, False])
+def test_readme_examples_run_on_a_copy_of_maskgit(whole, tmp_path):
+    """Word for word, one after the other, also on a copy that ends before the scripts' part; it saves and resumes."""
+    examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2 and len(examples[1].splitlines()) < 10
+    saving = [f'train(model, batch, steps={steps}, out="run", resume={steps > 3})' for steps in (3, 5)]
+    source = (HERE / "maskgit.py").read_text()
+    (tmp_path / "maskgit.py").write_text(source if whole else source[: source.index("# For the scripts\n")])
+    (tmp_path / "example.py").write_text("\n".join([*examples, *saving]))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
-    assert re.search(r"[01]", finished.stdout)
+    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 2
 
 
 @pytest.mark.parametrize(
