@@ -1046,8 +1046,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 given_back = faults()
 maskgit.keep_freed_memory()
-faults()
-print(given_back, faults())
+print(given_back, min(faults() for _ in range(5)))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     given_back, kept = map(int, run.stdout.split())
