@@ -1004,7 +1004,7 @@ def seed_everything(seed):
 def open_run(settings):
     """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
     device = pick_device(settings.device)
-    training_mask((1, 1), settings.mask)  # complains if there is no such kind
+    training_mask((99, 1), settings.mask)  # complains if there is no such kind
     settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
     if (settings.out / "model.pt").exists() and not (settings.resume or settings.force):
         holds = f"{settings.out} holds a run already"
