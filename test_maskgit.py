@@ -2097,15 +2097,19 @@ def test_wrong_weights_are_refused(inception_weights, tmp_path, monkeypatch):
 # fid.py: distances
 
 
-@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 5), (12, 12), (12, 7), (30, 20)])
+@pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 5), (12, 12), (12, 7), (30, 20), (300, 1)])
 def test_frechet_distance_in_whole_numbers(size, rank):
     """Covariances S and T S T, the root of whose product is S T: nothing is rounded, and S has small and large axes."""
     rng = np.random.default_rng(0)
     mu1, mu2 = rng.integers(-9, 10, (2, size))
     a, b = rng.integers(-3, 4, (size, rank)) * 10 ** (np.arange(rank) % 5), rng.integers(-1, 2, (size, 2))
     s, t = a @ a.T, b @ b.T + np.eye(size, dtype=int)
-    expected = ((mu1 - mu2) ** 2).sum() + np.trace(s + t @ s @ t - 2 * s @ t)
-    assert fid.frechet_distance(mu1, s, mu2, t @ s @ t) == pytest.approx(expected, rel=1e-12)
+    means, spreads = ((mu1 - mu2) ** 2).sum(), np.trace(s + t @ s @ t - 2 * s @ t)
+    assert fid.frechet_distance(mu1, s, mu2, t @ s @ t) == pytest.approx(means + spreads, rel=1e-12)
+    # Features on both sides of the mean, whose covariances are 2 / (2 rank - 1) of those.
+    x, y = (np.concatenate([mu + root.T, mu - root.T]) for mu, root in ((mu1, a), (mu2, t @ a)))
+    expected = means + spreads * 2 / (2 * rank - 1)
+    assert fid.frechet_distance_from_features(x, y) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("n", "m"), [(7, 9), (7, 200), (200, 7), (200, 300), (51, 51), (2, 2)])
@@ -2119,14 +2123,6 @@ def test_features_and_covariances_give_the_same_distance(n, m):
     assert found == pytest.approx(fid.frechet_distance_from_features(y, x), rel=1e-10)
     assert 0 <= fid.frechet_distance(*b, *b) < 1e-6
     assert 0 <= fid.frechet_distance_from_features(y, y[::-1]) < 1e-6
-
-
-def test_few_images_by_hand():
-    """Two points on each side: rank one, covariances s s^T / 2, and the root's trace is |s . t| / 2."""
-    x, y = np.random.default_rng(0).standard_normal((2, 2, 2048))
-    s, t = x[1] - x[0], y[1] - y[0]
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + s @ s / 2 + t @ t / 2 - abs(s @ t)
-    assert fid.frechet_distance_from_features(x, y) == pytest.approx(expected, rel=1e-12)
 
 
 def test_distances_refuse_what_they_cannot_compare():
@@ -2182,9 +2178,7 @@ def test_running_sums_equal_numpys_statistics(kept, monkeypatch):
 
 @pytest.fixture
 def call_fid(inception_weights, monkeypatch, capsys):
-    """A function: the numbers after FID: and KID:, and stderr, of a call in this process."""
-
-    def call(*arguments):
+    def call(*arguments):  # in this process: the numbers after FID: and KID:, and stderr
         common = ["fid.py", "--num-workers", 0, "--device", "cpu", "--dims", 64, "--weights", inception_weights]
         monkeypatch.setattr(sys, "argv", list(map(str, (*common, *arguments))))
         fid.main()
@@ -2228,6 +2222,14 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     assert call_fid(a, b) == ([expected], "")
 
 
+def test_the_options_of_pytorch_fid(monkeypatch):
+    command = "fid.py --batch-size 7 --num-workers 3 --device cuda:1 --dims 768 --save-stats a b"
+    monkeypatch.setattr(sys, "argv", command.split())
+    settings = fid.settings_from_command_line()
+    assert (settings.batch_size, settings.num_workers, settings.device, settings.dims) == (7, 3, "cuda:1", 768)
+    assert settings.save_stats and settings.path == [Path("a"), Path("b")]
+
+
 def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     good = two_folders[0]
@@ -2248,9 +2250,7 @@ def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch,
         ((good, "nothing"), "nothing is neither"),
         ((good, good / "RGB.JPG"), "RGB.JPG is neither"),
         ((good, "unfit.npz"), "unfit.npz: mu"),
-        ((good, "bits.npz"), "bits.npz is no statistics file"),
-        ((good, "text.npz"), "text.npz is no statistics file"),
-        ((good, "other.npz"), "other.npz is no statistics file"),
+        *(((good, f"{name}.npz"), f"{name}.npz is no statistics file") for name in ("bits", "text", "other")),
         ((good, "stats.npz", "--dims", 192), "64 features per image, the other 192"),
         ((good, "stats.npz", "--kid"), "--kid needs two folders"),
         ((good, good, "--device", "cuda:99"), "device cuda:99 cannot be used"),
