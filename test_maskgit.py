@@ -554,6 +554,9 @@ def test_confidence_is_noisy_at_first_and_not_at_last(log_probability):
         gap = math.log(0.9 / 0.5) if log_probability else 0.9 - 0.5
         noise = temperature * (1 - t / 4)
         expected = 1 / (1 + math.exp(-gap / noise)) if noise else 1.0
+        confidence = math.log(0.9) if log_probability else 0.9
+        mean = confidence + 0.5772 * noise  # of the first token; Gumbel noise has Euler's constant for its mean
+        assert priority[:, 0].mean().item() == pytest.approx(mean, abs=0.05 * noise + 1e-5)
         assert (priority[:, 0] > priority[:, 1]).float().mean().item() == pytest.approx(expected, abs=0.018)
 
 
@@ -686,6 +689,7 @@ REFUSED = [
     ("cannot be split", lambda: train(tiny_model(codes=2), striped_batch, steps=1, accumulate=25)),
     ("adamw, muon", lambda: train(tiny_model(codes=2), striped_batch, steps=1, optimizer="sgd")),
     ("constant, linear, cosine", lambda: learning_rate_factor(0, 100, 0, "step")),
+    ("is no mask", lambda: maskgit.open_run(argparse.Namespace(device="cpu", mask="0.2+1.5"))),
     ("'gpu' cannot be used", lambda: pick_device("gpu")),
     ("'cuda:99' cannot be used", lambda: pick_device("cuda:99")),
     ("nothing to plot", lambda: line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
@@ -1098,7 +1102,7 @@ def test_line_plot_draws_the_curve_where_it_belongs():
     blue = (np.abs(pixels - [0, 0x72, 0xB2]).sum(axis=-1) < 60)[:, 80:650].nonzero()
     assert abs(np.median(blue[0]) - (60 + 468) / 2) <= 2 and blue[1].max() - blue[1].min() > 560
     shown = {"a": ([1, 2], [1.0, 10.0])}
-    hidden = {"a": ([1, 2, 3, 0], [1.0, 10.0, math.nan, -1])}
+    hidden = {"a": ([1, 2, 3, 0], [1.0, 10.0, math.nan, -1]), "nothing to show": ([1], [-1])}
     assert (
         len(
             {
