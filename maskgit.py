@@ -444,7 +444,7 @@ def by_confidence(step, choice_temperature=4.5, log_probability=False):
 
 def at_random(step):
     """Any, whatever the model says."""
-    return torch.rand(step.values.shape, generator=step.generator, device=step.values.device)
+    return torch.rand(step.place.shape, generator=step.generator, device=step.place.device)
 
 
 def by_halton(step):
@@ -469,14 +469,16 @@ def radical_inverse(k, base):
     return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
 
 
-def by_entropy(step, certain=0.05):
-    """At its own pace: every token whose entropy is below `certain` nats, at its likeliest value; of the rest the most
-    uncertain, and more of them only when the schedule asks for it."""
-    entropy = torch.special.entr(step.log_probs.exp()).sum(dim=-1)
-    sure = entropy < certain
-    step.values.copy_(torch.where(sure, step.log_probs.argmax(dim=-1), step.values))
-    unsure = torch.zeros_like(step.left).index_add(0, step.image, (~sure).long())  # (B,)
-    return highest(entropy.masked_fill(sure, math.inf), step.image, step.left.minimum(unsure - 1))
+def by_entropy(step, budget=0.001):
+    """At its own pace: the most uncertain token and, with it, the most certain ones, as many as have entropies that add
+    up to `budget` nats, and more where the schedule asks for it. Tokens committed together are drawn as if independent,
+    which costs at most the sum of their entropies but the largest: so the most uncertain one is free."""
+    entropy = torch.special.entr(step.log_probs.exp()).sum(dim=-1)  # (n,)
+    of_all = entropy.new_zeros(step.coords.shape[:2]).index_put((step.image, step.place), entropy)  # (B, T)
+    ascending, token = of_all.sort(dim=1, stable=True)
+    beyond = (ascending.cumsum(dim=1) > budget).sum(dim=1)  # (B,): of these the last is asked
+    asked = step.place == token[step.image, -1]
+    return highest((-entropy).masked_fill(asked, math.inf), step.image, step.left.minimum((beyond - 1).clamp(min=0)))
 
 
 ORDERS = {"confidence": by_confidence, "random": at_random, "halton": by_halton, "entropy": by_entropy}
@@ -1061,7 +1063,7 @@ def print_table(head, rows):
 
 INK, FAINT, FRAME = (40, 40, 40), (225, 225, 225), (170, 190, 215)
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888"]
+COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888", "#661100"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):

@@ -560,15 +560,18 @@ def test_confidence_is_noisy_at_first_and_not_at_last(log_probability):
         assert (priority[:, 0] > priority[:, 1]).float().mean().item() == pytest.approx(expected, abs=0.018)
 
 
-def test_entropy_commits_the_certain_and_the_most_uncertain():
+def test_entropy_commits_the_most_uncertain_and_what_the_budget_allows():
     probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
-    assert committed_first("entropy", probabilities) == [[0, 1, 3], [2], [4]]
-    certain_of_nothing = functools.partial(maskgit.by_entropy, certain=0.0)
-    assert committed_first(certain_of_nothing, probabilities) == [[0], [2], [4], [1], [3]]
-    little_certain = [[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(8)]  # then it keeps to the schedule
-    assert committed_first("entropy", little_certain, steps=4, schedule="linear") == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    drawn = decode_from_nothing([[0.995, 0.005], [0.6, 0.4]], 20000).float().mean(dim=0)
-    assert drawn[0] == 0 and drawn[1].item() == pytest.approx(0.4, abs=0.02), "the certain are not drawn"
+    # In nats 0.673, 0.0079, 0.611, 0.0010 and 0.500: the sum of the small ones counts, 0.0089.
+    expected = {0.01: [[0, 1, 3], [2], [4]], 0.0085: [[0, 3], [1, 2], [4]], 0.005: [[0, 3], [2], [4], [1]]}
+    for budget, committed in expected.items():
+        assert committed_first(functools.partial(maskgit.by_entropy, budget=budget), probabilities) == committed
+    assert committed_first("entropy", probabilities) == [[0], [2], [4], [1], [3]]
+    uncertain = [[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(8)]  # then the schedule asks for the most certain
+    assert committed_first("entropy", uncertain, steps=4, schedule="linear") == [[0, 7], [1, 6], [2, 5], [3, 4]]
+    order = functools.partial(maskgit.by_entropy, budget=0.1)
+    drawn = decode_from_nothing([[0.995, 0.005], [0.6, 0.4]], 20000, order=order, steps=1).float().mean(dim=0)
+    assert drawn.tolist() == pytest.approx([0.005, 0.4], abs=0.002, rel=0.05)
 
 
 def test_halton_visits_the_quarters_in_turn():
@@ -1186,30 +1189,67 @@ def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
 
 
 def test_total_variation_by_hand():
-    prior, tokens = torch.tensor([[0, 0, 1], [0, 1, 0], [1, 0, 0]]), torch.tensor([[0, 0, 0]] * 8)
-    mask = torch.tensor([[False, True, True]] * 8)  # leaves the first two images, equally likely
-    matches = torch.zeros(8, 3, dtype=torch.bool)
-    matches[:5, 0] = matches[5:7, 1] = True  # the eighth is no image at all
-    found, floor = train_squares.total_variation(prior, tokens, mask, matches)
-    assert found == pytest.approx((abs(5 / 8 - 1 / 2) + abs(2 / 8 - 1 / 2) + 1 / 8) / 2)
-    assert floor == pytest.approx(sum(math.comb(8, k) / 2**8 * abs(k / 8 - 1 / 2) for k in range(9)), abs=0.03)
+    found = torch.tensor([[5 / 8, 2 / 8, 0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)  # 1 / 8 is no image at all
+    truth = torch.tensor([[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+    expected = (abs(5 / 8 - 1 / 2) + abs(2 / 8 - 1 / 2) + 1 / 8) / 2
+    assert train_squares.total_variation(found, truth) == pytest.approx(expected / 2)
+
+
+def nothing_visible(prior):
+    return train_squares.completion_inputs(prior)["nothing visible"]
+
+
+def test_completions_are_scored_exactly():
+    """Three pixels per step, row by row: the product of the images' shares, by counting."""
+    prior, chance = train_squares.all_squares(3, 1, 2), {}
+    for target in prior.tolist():
+        chance[tuple(target)], known = 1.0, 0
+        while known < 9:
+            agreeing = [image for image in prior.tolist() if image[:known] == target[:known]]
+            for pixel in range(known, known + 3):
+                chance[tuple(target)] *= np.mean([image[pixel] == target[pixel] for image in agreeing])
+            known += 3
+    p, n = np.array(list(chance.values())), len(prior)
+    options = {"order": lambda step: -step.place.float(), "steps": 3, "schedule": "linear"}
+    arguments = train_squares.ExactModel(prior), prior, *nothing_visible(prior), "cpu", options
+    result = train_squares.judge(*arguments, 20)
+    assert result["valid"] == pytest.approx(p.sum()) and result["kl"] == pytest.approx(-np.log(p * n).mean())
+    assert result["total_variation"] == pytest.approx((np.abs(p - 1 / n).sum() + 1 - p.sum()) / 2)
+    assert result["calls"] == pytest.approx(3) == result["most_calls"] and "draws" not in result
+    left = prior[:1], torch.tensor([[False] + [True] * 8])  # a corner is white: 1x1, or 2x2 with two pixels at once
+    corner = train_squares.judge(*arguments[:2], *left, *arguments[4:], 20)
+    assert corner["valid"] == pytest.approx(1 / 4 + 1 / 4) and corner["total_variation"] == pytest.approx(1 / 2)
+
+
+@pytest.mark.parametrize(("order", "steps"), [(maskgit.by_halton, 12), (maskgit.by_entropy, 10)])
+def test_exact_and_counted_completions_agree(order, steps):
+    n, arguments = 4000, (EXACT, SQUARES, *nothing_visible(SQUARES), "cpu")
+    counted = {"order": lambda step: (step.values.sum(), order(step))[1], "steps": steps}
+    exact, by_draws = (train_squares.judge(*arguments, o, n) for o in ({"order": order, "steps": steps}, counted))
+    assert "kl" in exact and by_draws["draws"] == n and 0.3 < exact["valid"] < 0.95
+    assert abs(exact["valid"] - by_draws["valid"]) < 4 * math.sqrt(exact["valid"] * (1 - exact["valid"]) / n)
+    assert abs(exact["calls"] - by_draws["calls"]) < 0.2
+    distance = by_draws["total_variation"] - exact["total_variation"]
+    assert -0.01 < distance < by_draws["exact_sampling"] == pytest.approx(0.0709, abs=0.003)
 
 
 def test_completions_with_the_posteriors_marginals():
-    """The entropy order samples the squares exactly: all valid, as close to uniform as exact sampling, few calls."""
-    nothing = train_squares.completion_inputs(SQUARES, 2000, 1)["nothing visible"]
-    options = train_squares.decoding("entropy", certain=0.02, steps=20)
-    result = train_squares.judge(EXACT, SQUARES, *nothing, "cpu", options, 0)
-    assert result["valid"] == 1 and result["calls"] < 9.2 and result["most_calls"] <= 20
-    assert result["total_variation"] < result["exact_sampling"] + 0.015
-    worse = train_squares.judge(EXACT, SQUARES, *nothing, "cpu", {"order": "confidence", "steps": 16}, 0)
-    assert 0.70 < worse["valid"] < 0.88 and worse["calls"] == 16
-    inputs = train_squares.completion_inputs(SQUARES, 100, 1)
-    for given, (tokens, mask) in inputs.items():
-        assert train_squares.judge(EXACT, SQUARES, tokens, mask, "cpu", {}, 0)["valid"] == 1, given
-    assert (inputs["random half"][1].sum(dim=1) == 32).all()
-    left, right = inputs["left half"][1].reshape(-1, 8, 8).split(4, dim=-1)
+    """The entropy order samples the squares exactly, in few calls. Orders that need drawn numbers are counted."""
+    options = {"order": maskgit.by_entropy}
+    for given, (tokens, mask) in train_squares.completion_inputs(SQUARES).items():
+        result = train_squares.judge(EXACT, SQUARES, tokens, mask, "cpu", options, 20)
+        assert result["valid"] == pytest.approx(1) and result["total_variation"] < 1e-6 > result["kl"], given
+        assert result["calls"] < 9 and result["most_calls"] <= 20
+    assert (train_squares.completion_inputs(SQUARES)["random half"][1].sum(dim=1) == 32).all()
+    left, right = mask.reshape(-1, 8, 8).split(4, dim=-1)
     assert right.all() and not left.any()
+    arguments = EXACT, SQUARES, *nothing_visible(SQUARES), "cpu"
+    paper, at_random = (
+        train_squares.judge(*arguments, {"order": train_squares.ORDERS[name], "steps": 16}, 1000)
+        for name in ("confidence", "random")
+    )
+    assert 0.70 < paper["valid"] < 0.88 and paper["calls"] == 16 and {"draws", "exact_sampling"} <= paper.keys()
+    assert "draws" in at_random and "kl" not in at_random
 
 
 def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
@@ -1478,12 +1518,13 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     small, out = [*TINY, "--grid", "4", "--max-side", "3", "--steps", "6"], ["--out", tmp_path]
     assert call(monkeypatch, train_squares, *small, *out) == 0
     monkeypatch.setattr(train_squares, "ORDERS", {name: train_squares.ORDERS[name] for name in ("entropy", "random")})
-    monkeypatch.setattr(maskgit, "SCHEDULES", {name: SCHEDULES[name] for name in ("cosine", "linear")})
-    assert call(monkeypatch, train_squares, "--completions", "--draws", "20", *out) == 0
+    (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda step: step.log_probs[:, 0]}}")
+    options = ["--completions", "--draws", "20", "--orders", tmp_path / "mine.py"]
+    assert call(monkeypatch, train_squares, *options, *out) == 0
     rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
-    combinations = {(row["given"], row["order"], row["schedule"], row["steps"], row["marginals"]) for row in rows}
-    assert len(rows) == len(combinations) == (3 + 1) * 2 * 7 * 2  # inputs and schedules, orders, steps, marginals
-    assert all(row["most_calls"] <= row["steps"] for row in rows)
+    combinations = {(row["given"], row["order"], row["setting"]) for row in rows}
+    assert len(rows) == len(combinations) == 2 * (5 + 5 + 1)
+    assert all(0 <= row[m]["valid"] <= 1.0001 and row[m]["calls"] <= 64 for row in rows for m in ("exact", "model"))
     monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
     monkeypatch.setattr(train_squares, "ABLATION", train_squares.ABLATION | {"dim": 8, "layers": 1})
     assert call(monkeypatch, train_squares, "--ablation", "--steps", "4", *out, "--device", "cpu") == 0
@@ -1493,7 +1534,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
     assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
     assert "100 rectangles, no corners" in capsys.readouterr().out
-    for name in ("ablation.png", "completions_model.png", "completions_exact.png", "run/remedies.png"):
+    for name in ("ablation.png", "completions.png", "run/remedies.png"):
         Image.open(tmp_path / name).verify()
 
 
@@ -1512,6 +1553,8 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         ("cannot be split", "--accumulate 1000", ""),
         ("there is no checkpoint", "--resume, --completions", "--resume --out nowhere"),
         ("Not a directory", "--out file/run", ""),
+        ("are compared by --completions", "--orders file", ""),
+        ("gives no dict ORDERS", "--completions --orders file, --completions --orders none.py", ""),
         ("needs a number of --rectangles", "", "--fixed-points"),
         ("those of the sparse task", "", "--remedies --task grid"),
         ("run of another script", "", "--resume --out squares"),

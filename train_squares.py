@@ -4,7 +4,7 @@ best possible answer to every question can be computed.
     python train_squares.py                                  the default: 3 minutes on 2 CPU cores
     python train_squares.py --preset post2 --device cuda     S2's sizes (post1: S1's), for a GPU
     python train_squares.py --resume                         go on with an interrupted run
-    python train_squares.py --completions                    every order and schedule, with the trained model
+    python train_squares.py --completions                    every order of decoding, with the trained model
     python train_squares.py --ablation                       why S1's recipe failed, suspect by suspect
 
 The default run ends 0.0013 to 0.0017 nats per hidden pixel from the exact posterior (three seeds), after 3.1 minutes on
@@ -17,7 +17,9 @@ import argparse
 import functools
 import itertools
 import math
+import runpy
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -137,87 +139,144 @@ def cosine_head_limit(prior, kind, count):
 # ---------------------------------------------------------------------------------------------------
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
+# An order by itself is tried with several numbers of steps; of a dict each setting, with as many steps as it likes.
 ORDERS = {
-    "entropy": maskgit.by_entropy,
+    "entropy": {f"budget {b}": functools.partial(maskgit.by_entropy, budget=b) for b in (0.0001, 0.001, 0.1, 0.2, 0.5)},
     "confidence": maskgit.by_confidence,
     "confidence, log prob.": functools.partial(maskgit.by_confidence, log_probability=True),
     "confidence, no noise": functools.partial(maskgit.by_confidence, choice_temperature=0.0),
     "random": maskgit.at_random,
     "halton": maskgit.by_halton,
 }
+STEPS = (4, 8, 16, 32, 64)
+EXACT_DRAWS = 20_000  # with exact marginals, of an order that depends on drawn numbers
 
 
-def decoding(order, certain=None, **options):
-    """decode's arguments for one of ORDERS."""
-    function = ORDERS[order] if certain is None else functools.partial(ORDERS[order], certain=certain)
-    return {"order": function, **options}
+def decodings(path=None):
+    """[(order, setting, decode's arguments)] of ORDERS, and of a dict of that name in a Python file."""
+    try:
+        orders, rows = ORDERS | (runpy.run_path(str(path))["ORDERS"] if path else {}), []
+    except Exception as error:  # whatever the file raises
+        raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+    for name, order in orders.items():
+        if callable(order):
+            rows += [(name, f"{steps} steps", {"order": order, "steps": steps}) for steps in STEPS]
+        else:
+            rows += [(name, setting, {"order": each, "steps": STEPS[-1]}) for setting, each in order.items()]
+    return rows
 
 
-def fill(model, tokens, mask, device, seed, **options):
+def fill(model, tokens, mask, device, **options):
     """The tokens with the hidden ones filled in by decode: (B, T)."""
-    side, generator = math.isqrt(tokens.shape[1]), torch.Generator(device).manual_seed(seed)
+    side, generator = math.isqrt(tokens.shape[1]), torch.Generator(device).manual_seed(TEST_SEED)
     tokens, mask, coords = tokens.to(device), mask.to(device), maskgit.grid_coords(side, side).to(device)
-    return maskgit.decode(model, tokens, mask, coords, generator=generator, **options).cpu()
+    return maskgit.decode(model, tokens, mask, coords, **{"generator": generator} | options).cpu()
 
 
-def completion_inputs(prior, draws, seed):
-    """{name: (tokens, mask)}, `draws` rows each: nothing is visible, half of the pixels, or the left half."""
-    side, generator = math.isqrt(prior.shape[1]), torch.Generator().manual_seed(seed)
-    images = prior[torch.randint(len(prior), (20,), generator=generator)]
+def completion_inputs(prior, count=20):
+    """{name: (tokens, mask)}: nothing is visible; of `count` images half of the pixels are, or the left half."""
+    side, generator = math.isqrt(prior.shape[1]), torch.Generator().manual_seed(TEST_SEED)
+    images = prior[torch.randint(len(prior), (count,), generator=generator)]
     right = (maskgit.grid_coords(side, side)[:, 0] >= side / 2).expand(images.shape)
     half = maskgit.random_mask(images.shape, 0.5, generator)
-    masks = {"nothing visible": torch.ones_like(half), "random half": half, "left half": right}
-    rows = torch.arange(draws) * len(images) // draws
-    return {name: (images[rows], mask[rows]) for name, mask in masks.items()}
+    nothing = images[:1], torch.ones_like(half[:1])
+    return {"nothing visible": nothing, "random half": (images, half), "left half": (images, right)}
 
 
-def total_variation(prior, tokens, mask, matches):
-    """Half the summed difference between the completions' frequencies and the posterior's probabilities, averaged
-    over the different inputs; and what exact sampling would show on average with as many draws.
-    matches: bool (B, M), which image of the prior each completion is."""
-    inputs, group = torch.unique(tokens.masked_fill(mask, MASK_ID), dim=0, return_inverse=True)
-    rng, found, floor = np.random.default_rng(0), [], []
-    for g in range(len(inputs)):
-        rows = group == g
-        agree = consistent(prior, tokens[rows][:1], mask[rows][:1])[0].double()
-        truth, draws = (agree / agree.sum()).numpy(), int(rows.sum())
-        frequencies = matches[rows].sum(dim=0).numpy() / draws
-        outside = 1 - frequencies.sum()  # completions that are no image of the prior
-        found.append((np.abs(frequencies - truth).sum() + outside) / 2)
-        exact = rng.multinomial(draws, truth, size=200) / draws
-        floor.append(np.abs(exact - truth).sum(axis=1).mean() / 2)
-    return float(np.mean(found)), float(np.mean(floor))
+def follow_images(model, prior, tokens, mask, device, options):
+    """How likely decode completes each input to each image of the prior, exactly and without drawing one: (B, M); and
+    the mean and largest number of network calls.
+
+    Every image that agrees with its input is followed: whatever the order commits takes the image's value, and the
+    probabilities of these values multiply. It ends in an error if the order looks at step.values, which are not there
+    yet, or draws numbers itself."""
+    agree = consistent(prior, tokens, mask)  # (B, M)
+    row, image = agree.nonzero(as_tuple=True)
+    truth, hidden, chances, trace = prior[image].to(device), mask[row], [], []
+
+    def follow(step):
+        choice = options["order"](step._replace(values=None))
+        step.values.copy_(truth[step.image, step.place])
+        chance = step.log_probs.gather(-1, step.values[:, None])[:, 0].double()
+        chances.append(torch.zeros_like(truth, dtype=torch.float64).index_put((step.image, step.place), chance))
+        return choice
+
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    untouched, followed = generator.get_state(), {"order": follow, "sample": "argmax", "generator": generator}
+    fill(model, truth, hidden, device, **options | followed, trace=trace)
+    if not torch.equal(untouched, generator.get_state()):
+        raise ValueError("the order draws numbers itself")
+    states = itertools.pairwise([hidden.to(device), *(left for _, left in trace)])
+    committed = [chance.where(before & ~after, 0) for chance, (before, after) in zip(chances, states, strict=True)]
+    p, calls = torch.stack(committed).sum(dim=(0, 2)).exp().cpu(), network_calls(hidden, trace)
+    found = torch.zeros(agree.shape, dtype=torch.float64).index_put((row, image), p)
+    return found, ((p * calls).sum() / p.sum()).item(), int(calls.max())
 
 
-def judge(model, prior, tokens, mask, device, options, seed):
-    """Decode with `options`; returns the share of valid completions, their total variation from the posterior and
-    the floor of that, and the network calls per image."""
-    trace = []
-    completed = fill(model, tokens, mask, device, seed, trace=trace, **options)
-    matches = (completed[:, None] == prior).all(dim=-1)  # (B, M)
-    valid = (matches & consistent(prior, tokens, mask)).any(dim=1).float().mean().item()
-    unfinished = [mask.any(dim=1)] + [hidden.any(dim=1).cpu() for _, hidden in trace[:-1]]
-    calls = torch.stack(unfinished).sum(dim=0).float()
-    found, floor = total_variation(prior, tokens, mask, matches)
-    result = {"valid": valid, "total_variation": found, "exact_sampling": floor}
-    return result | {"calls": calls.mean().item(), "most_calls": int(calls.max())}
+def network_calls(mask, trace):
+    """So many decode has made for each image: (B,)."""
+    before = [mask.any(dim=1), *(hidden.any(dim=1).cpu() for _, hidden in trace[:-1])]
+    return torch.stack(before).sum(dim=0).double()
 
 
-def compare_orders(model, prior, device, inputs, decoders):
-    """A row per input, order and kind of marginals: the trained model's, and the exact posterior's in its place."""
-    rows = []
-    for given, (tokens, mask) in inputs.items():
-        for order, options in decoders:
-            for marginals, predictor in (("model", model), ("exact", ExactModel(prior.to(device)))):
-                result = judge(predictor, prior, tokens, mask, device, decoding(order, **options), TEST_SEED)
-                rows.append({"given": given, "order": order, **options, "marginals": marginals, **result})
+def count_images(model, prior, tokens, mask, device, options, draws):
+    """Likewise, as shares of so many completions."""
+    repeats, trace = math.ceil(draws / len(tokens)), []
+    tokens, mask = (part.repeat_interleave(repeats, dim=0) for part in (tokens, mask))
+    matches = (fill(model, tokens, mask, device, **options, trace=trace)[:, None] == prior).all(dim=-1)
+    found, calls = matches.view(-1, repeats, len(prior)).double().mean(dim=1), network_calls(mask, trace)
+    return found, calls.mean().item(), int(calls.max())
+
+
+def total_variation(found, truth):
+    """Half the summed difference of probabilities (B, M), and of what is left to 1: completions that are no image of
+    the prior. Mean over the inputs."""
+    return float(((found - truth).abs().sum(dim=1) + 1 - found.sum(dim=1)).mean()) / 2
+
+
+def judge(model, prior, tokens, mask, device, options, draws):
+    """Completions beside the posterior: valid, the share of those that are an image of the prior; total variation and
+    KL divergence; and network calls. An order that depends on drawn numbers has to be counted: then, in place of KL,
+    exact_sampling is the total variation that so many draws from the posterior itself would show."""
+    agree = consistent(prior, tokens, mask).double()
+    truth = agree / agree.sum(dim=1, keepdim=True)
+    try:
+        found, calls, most = follow_images(model, prior, tokens, mask, device, options)
+        result = {"kl": float((truth * (truth / found).log()).nansum(dim=1).mean().clamp(min=0))}
+    except (AttributeError, TypeError, ValueError):
+        found, calls, most = count_images(model, prior, tokens, mask, device, options, draws)
+        repeats = math.ceil(draws / len(tokens))
+        exact = np.random.default_rng(0).multinomial(repeats, truth, size=(100, len(truth))) / repeats
+        exact = torch.from_numpy(exact).flatten(0, 1)
+        result = {"draws": draws, "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
+    result |= {"valid": float(found.sum(dim=1).mean()), "total_variation": total_variation(found, truth)}
+    return result | {"calls": calls, "most_calls": most}
+
+
+def compare_orders(model, prior, device, inputs, decoders, draws):
+    """A row per input and decoder, with both marginals: the exact posterior's in the model's place, and the model's."""
+    rows, exact = [], ExactModel(prior.to(device))
+    for (given, start), (order, setting, options) in itertools.product(inputs.items(), decoders):
+        rows.append({"given": given, "order": order, "setting": setting})
+        rows[-1]["exact"] = judge(exact, prior, *start, device, options, EXACT_DRAWS)
+        rows[-1]["model"] = judge(model, prior, *start, device, options, draws)
     return rows
 
 
 def print_completions(rows):
-    head = ["completions", "given", "marginals", "steps", "valid", "total variation", "exact sampling", "calls"]
-    line = "{order}|{given}|{marginals}|{steps}|{valid:.1%}|{total_variation:.3f}|{exact_sampling:.3f}|{calls:.1f}"
-    maskgit.print_table(head, [line.format(**{"steps": ""} | row).split("|") for row in rows])
+    """Exact marginals, then the trained model's. A total variation with ~ was counted."""
+    columns, table = ["total variation", "KL", "calls"], []
+    for row in rows:
+        table.append([row["order"], row["setting"], row["given"]])
+        for result in (row["exact"], row["model"]):
+            divergence = f"{result['kl']:.3f}" if "kl" in result else "~"
+            table[-1] += [
+                f"{result['valid']:.1%}",
+                f"{result['total_variation']:.3f}",
+                divergence,
+                f"{result['calls']:.1f}",
+            ]
+    maskgit.print_table(["completions", "setting", "given", "exact: valid", *columns, "model: valid", *columns], table)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -235,8 +294,8 @@ def draw_samples(model, prior, device):
     generator = torch.Generator().manual_seed(TEST_SEED)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
     masks = [maskgit.training_mask((4, prior.shape[1]), kind, generator) for kind in ("0.2", "cosine", "0.5")]
-    mask = torch.cat([*masks, completion_inputs(prior, 4, TEST_SEED)["left half"][1]])
-    filled = fill(model, truth, mask, device, TEST_SEED)
+    mask = torch.cat([*masks, completion_inputs(prior, 4)["left half"][1]])
+    filled = fill(model, truth, mask, device)
     columns = torch.stack([truth.masked_fill(mask, MASK_ID), filled, truth], dim=1)  # (16, 3, T)
     return maskgit.image_grid(as_images(columns.flatten(0, 1)), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
 
@@ -245,7 +304,7 @@ def draw_generation(model, prior, device):
     """Frames of 12 images that are filled in from nothing."""
     nothing = torch.full((12, prior.shape[1]), MASK_ID)
     trace = [(nothing, nothing == MASK_ID)]
-    fill(model, *trace[0], device, TEST_SEED, trace=trace)
+    fill(model, *trace[0], device, trace=trace)
     return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in trace]
 
 
@@ -256,7 +315,7 @@ def train_model(settings, prior, device, out=None):
         result = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
         return {"cross_entropy": result["cross_entropy"]}
 
-    batch, may_change = make_batch(prior, settings), ("preset", "completions", "ablation", "draws")
+    batch, may_change = make_batch(prior, settings), ("preset", "completions", "orders", "ablation", "draws")
     return maskgit.train_as_set(settings, 2, batch, device, out=out, may_change=may_change, validate=validate)
 
 
@@ -268,10 +327,12 @@ def run(settings):
         return
     trained = time.monotonic()
     tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in dict.fromkeys([settings.mask, *TASKS])}
-    inputs = completion_inputs(prior, settings.draws, TEST_SEED)
-    completions = compare_orders(model, prior, device, inputs, [("entropy", {})])
+    inputs = completion_inputs(prior)
+    ours = [("entropy", "budget 0.001", {"order": maskgit.by_entropy})]
+    completions = compare_orders(model, prior, device, inputs, ours, settings.draws)
+    papers = [("confidence", "16 steps", {"order": maskgit.by_confidence, "steps": 16})]
     nothing = {"nothing visible": inputs["nothing visible"]}
-    completions += compare_orders(model, prior, device, nothing, [("confidence", {"steps": 16})])
+    completions += compare_orders(model, prior, device, nothing, papers, settings.draws)
 
     names = {"training batches": "loss", "unseen masks": "cross_entropy"}
     curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
@@ -304,35 +365,24 @@ def run(settings):
 
 
 def run_completions(settings):
-    """Every order, schedule and number of steps from nothing, and with half given by the cosine schedule, for the
-    model in --out and for exact marginals; then the variants of order="entropy"."""
-    device = maskgit.pick_device(settings.device)
+    """Every order and setting with the model in --out, beside exact marginals; writes completions.json and .png."""
+    decoders, device = decodings(settings.orders), maskgit.pick_device(settings.device)
     checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
     prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
-    inputs = completion_inputs(prior, settings.draws, TEST_SEED)
-    nothing = {"nothing visible": inputs["nothing visible"]}
-    steps = (1, 2, 4, 8, 16, 32, 64)
-    every = [(o, {"schedule": s, "steps": t}) for o in ORDERS for s in maskgit.SCHEDULES for t in steps]
-    cosine = [(order, options) for order, options in every if options["schedule"] == "cosine"]
-    others = [(order, options) for order, options in every if options["schedule"] != "cosine"]
-    variants = [("entropy", {"steps": 64, "certain": certain}) for certain in (0.0, 0.02, 0.05, 0.08, 0.1, 0.15, 0.2)]
-    variants += [("entropy", {"steps": t}) for t in (8, 12, 16, 20, 24)]
-    with maskgit.precision_context(device, maskgit.fast_precision(device)):
-        compare = functools.partial(compare_orders, checkpoint["model"], prior, device)
-        rows = compare(inputs, cosine) + compare(nothing, others)
-        figures = {"completions": rows, "entropy_variants": compare(nothing, variants)}
-    maskgit.write_figures(settings, figures, settings.out / "completions.json", settings.json)
-    shown = [row for row in rows if row["given"] == "nothing visible" and row["schedule"] == "cosine"]
+    inputs = completion_inputs(prior)
+    del inputs["random half"]  # one call does
+    rows = compare_orders(checkpoint["model"], prior, device, inputs, decoders, settings.draws)
+    maskgit.write_figures(settings, {"completions": rows}, settings.out / "completions.json", settings.json)
+    shown, plots = [row for row in rows if row["given"] == "nothing visible"], []
     labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
-    limit = {"exact sampling": shown[0]["exact_sampling"]}
-    for marginals in ("model", "exact"):
+    for marginals in ("exact", "model"):
         curves = {}
-        for order in ORDERS:
-            chosen = [row for row in shown if row["marginals"] == marginals and row["order"] == order]
-            curves[order] = ([row["calls"] for row in chosen], [row["total_variation"] for row in chosen])
-        title = f"Squares from nothing, {marginals} marginals, cosine schedule"
-        plot = maskgit.line_plot(curves, title=title, **labels, references=limit, log_x=True)
-        plot.save(settings.out / f"completions_{marginals}.png")
+        for order, each in itertools.groupby(shown, lambda row: row["order"]):
+            points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
+            curves[order] = zip(*points, strict=True)
+        plot = maskgit.line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
+        plots.append(np.asarray(plot) / 255)
+    maskgit.image_grid(np.stack(plots), 2).save(settings.out / "completions.png")
     print_completions(shown)
 
 
@@ -405,6 +455,7 @@ def parse_arguments():
     add = parser.add_argument_group("what to do").add_argument
     add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
+    add("--orders", type=Path, help="Python file with a dict ORDERS, to be compared as well")
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
     add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind each figure, default %(default)s")
     add = parser.add_argument_group("images").add_argument
@@ -417,6 +468,8 @@ def parse_arguments():
     parser.set_defaults(mask="cosine", dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
+    if settings.orders and not settings.completions:
+        parser.error("--orders are compared by --completions")
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
