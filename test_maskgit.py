@@ -1519,8 +1519,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, train_squares, *small, *out) == 0
     monkeypatch.setattr(train_squares, "ORDERS", {name: train_squares.ORDERS[name] for name in ("entropy", "random")})
     (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda step: step.log_probs[:, 0]}}")
-    options = ["--completions", "--draws", "20", "--orders", tmp_path / "mine.py"]
-    assert call(monkeypatch, train_squares, *options, *out) == 0
+    assert call(monkeypatch, train_squares, "--completions", tmp_path / "mine.py", "--draws", "20", *out) == 0
     rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
     combinations = {(row["given"], row["order"], row["setting"]) for row in rows}
     assert len(rows) == len(combinations) == 2 * (5 + 5 + 1)
@@ -1553,8 +1552,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         ("cannot be split", "--accumulate 1000", ""),
         ("there is no checkpoint", "--resume, --completions", "--resume --out nowhere"),
         ("Not a directory", "--out file/run", ""),
-        ("are compared by --completions", "--orders file", ""),
-        ("gives no dict ORDERS", "--completions --orders file, --completions --orders none.py", ""),
+        ("gives no dict ORDERS", "--completions file, --completions none.py", ""),
         ("needs a number of --rectangles", "", "--fixed-points"),
         ("those of the sparse task", "", "--remedies --task grid"),
         ("run of another script", "", "--resume --out squares"),

@@ -4,7 +4,8 @@ best possible answer to every question can be computed.
     python train_squares.py                                  the default: 3 minutes on 2 CPU cores
     python train_squares.py --preset post2 --device cuda     S2's sizes (post1: S1's), for a GPU
     python train_squares.py --resume                         go on with an interrupted run
-    python train_squares.py --completions                    every order of decoding, with the trained model
+    python train_squares.py --completions                    every order of decoding, with the trained model; and with
+                                                             a FILE of your own: README.md, "Your own order"
     python train_squares.py --ablation                       why S1's recipe failed, suspect by suspect
 
 The default run ends 0.0013 to 0.0017 nats per hidden pixel from the exact posterior (three seeds), after 3.1 minutes on
@@ -19,7 +20,6 @@ import itertools
 import math
 import runpy
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,10 +41,9 @@ def all_squares(grid, min_side, max_side):
     images = []
     for side in range(min_side, max_side + 1):
         for top, left in itertools.product(range(grid - side + 1), repeat=2):
-            image = torch.zeros(grid, grid, dtype=torch.int64)
-            image[top : top + side, left : left + side] = WHITE
-            images.append(image.flatten())
-    return torch.stack(images)
+            images.append(torch.zeros(grid, grid, dtype=torch.int64))
+            images[-1][top : top + side, left : left + side] = WHITE
+    return torch.stack(images).flatten(1)
 
 
 def consistent(prior, tokens, mask):
@@ -152,10 +151,10 @@ STEPS = (4, 8, 16, 32, 64)
 EXACT_DRAWS = 20_000  # with exact marginals, of an order that depends on drawn numbers
 
 
-def decodings(path=None):
-    """[(order, setting, decode's arguments)] of ORDERS, and of a dict of that name in a Python file."""
+def decodings(path):
+    """[(order, setting, decode's arguments)] of ORDERS, and of a dict of that name in a Python file, if any."""
     try:
-        orders, rows = ORDERS | (runpy.run_path(str(path))["ORDERS"] if path else {}), []
+        orders, rows = ORDERS | (runpy.run_path(path)["ORDERS"] if path else {}), []
     except Exception as error:  # whatever the file raises
         raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
     for name, order in orders.items():
@@ -315,7 +314,7 @@ def train_model(settings, prior, device, out=None):
         result = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
         return {"cross_entropy": result["cross_entropy"]}
 
-    batch, may_change = make_batch(prior, settings), ("preset", "completions", "orders", "ablation", "draws")
+    batch, may_change = make_batch(prior, settings), ("preset", "completions", "ablation", "draws")
     return maskgit.train_as_set(settings, 2, batch, device, out=out, may_change=may_change, validate=validate)
 
 
@@ -327,12 +326,10 @@ def run(settings):
         return
     trained = time.monotonic()
     tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in dict.fromkeys([settings.mask, *TASKS])}
-    inputs = completion_inputs(prior)
-    ours = [("entropy", "budget 0.001", {"order": maskgit.by_entropy})]
-    completions = compare_orders(model, prior, device, inputs, ours, settings.draws)
-    papers = [("confidence", "16 steps", {"order": maskgit.by_confidence, "steps": 16})]
-    nothing = {"nothing visible": inputs["nothing visible"]}
-    completions += compare_orders(model, prior, device, nothing, papers, settings.draws)
+    inputs, compare = completion_inputs(prior), functools.partial(compare_orders, model, prior, device)
+    completions = compare(inputs, [("entropy", "budget 0.001", {"order": maskgit.by_entropy})], settings.draws)
+    papers = ("confidence", "16 steps", {"order": maskgit.by_confidence, "steps": 16})
+    completions += compare({"nothing visible": inputs["nothing visible"]}, [papers], settings.draws)
 
     names = {"training batches": "loss", "unseen masks": "cross_entropy"}
     curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
@@ -366,7 +363,7 @@ def run(settings):
 
 def run_completions(settings):
     """Every order and setting with the model in --out, beside exact marginals; writes completions.json and .png."""
-    decoders, device = decodings(settings.orders), maskgit.pick_device(settings.device)
+    decoders, device = decodings(settings.completions), maskgit.pick_device(settings.device)
     checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
     prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
     inputs = completion_inputs(prior)
@@ -454,8 +451,8 @@ def parse_arguments():
     parser, count = maskgit.CommandLine(__doc__), maskgit.at_least(1)
     add = parser.add_argument_group("what to do").add_argument
     add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
-    add("--completions", action="store_true", help="compare all decoding orders, with the model in --out")
-    add("--orders", type=Path, help="Python file with a dict ORDERS, to be compared as well")
+    help = "compare all decoding orders with the model in --out, and those of a Python file's dict ORDERS"
+    add("--completions", metavar="FILE", nargs="?", const="", help=help)
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
     add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind each figure, default %(default)s")
     add = parser.add_argument_group("images").add_argument
@@ -468,8 +465,6 @@ def parse_arguments():
     parser.set_defaults(mask="cosine", dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
-    if settings.orders and not settings.completions:
-        parser.error("--orders are compared by --completions")
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
@@ -482,7 +477,7 @@ def main():
     settings = parse_arguments()
     if settings.ablation:
         run_ablation(settings)
-    elif settings.completions:
+    elif settings.completions is not None:
         run_completions(settings)
     else:
         run(settings)

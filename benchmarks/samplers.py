@@ -1,6 +1,6 @@
 """Samplers of the literature as orders of decode, a few lines each, and their second field: the rectangles' grid.
 
-    python train_squares.py --completions --orders benchmarks/samplers.py      on the squares, where the truth is known
+    python train_squares.py --completions benchmarks/samplers.py      on the squares, where the truth is known
     python benchmarks/samplers.py --json results/samplers_grid.json            on the model in runs/rectangles_grid
 
 On the grid 169 tokens are filled in, with the left half of them hidden and with all. A completed grid is explained if
