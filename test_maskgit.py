@@ -1252,6 +1252,29 @@ def test_completions_with_the_posteriors_marginals():
     assert "draws" in at_random and "kl" not in at_random
 
 
+def test_samplers_of_the_literature_by_hand():
+    samplers = runpy.run_path(str(HERE / "benchmarks" / "samplers.py"))
+    # Entropies of 0.673, 0.0079, 0.611, 0.0010 and 0.500 nats.
+    probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
+    expected = {"each_below": [[0, 1, 3], [2], [4]], "entropy_bounded": [[1, 3, 4], [2], [0]]}
+    expected |= {"margin": [[3], [1], [4], [2], [0]], "threshold": [[1, 3], [4], [2], [0]]}
+    expected |= {"klass": [[3], [1], [4], [2], [0]]}  # at first nothing is known to be stable
+    assert {name: committed_first(samplers[name], probabilities) for name in expected} == expected
+    halton, rolled = (committed_first(order, [[0.5, 0.5]] * 9) for order in ("halton", samplers["rolled_halton"]))
+    assert rolled != halton and rolled in [halton[start:] + halton[:start] for start in range(9)]
+    trace, (a, b) = [], (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))
+    decode_from_nothing([[0.9, 0.1], [0.5, 0.5]], 20000, order=samplers["moment"], steps=2, trace=trace)
+    assert (~trace[0][1]).float().mean(dim=0).tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=0.015)
+    explained = samplers["explained"]
+    tokenizer = train_rectangles.fit_tokenizer(0)
+    tokens = tokenizer.nearest(
+        train_rectangles.coverage(train_rectangles.draw_rectangles(6, 1), train_rectangles.GRID_POINTS)
+    )
+    broken = tokens.copy()
+    broken[:, 80] = (broken[:, 80] + 1) % 20
+    assert explained(tokens, tokenizer).mean() > 0.8 and not explained(broken, tokenizer, 300).any()
+
+
 def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
     def settings(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *arguments])
@@ -2330,13 +2353,29 @@ def test_readme_examples_run_on_a_copy_of_maskgit(whole, tmp_path):
     """Word for word, one after the other, also on a copy that ends before the scripts' part; it saves and resumes."""
     examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert len(examples) == 2 and len(examples[1].splitlines()) < 10
-    saving = [f'train(model, batch, steps={steps}, out="run", resume={steps > 3})' for steps in (3, 5)]
+    more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
+    more += [f'train(model, batch, steps={steps}, out="run", resume={steps > 3})' for steps in (3, 5)]
     source = (HERE / "maskgit.py").read_text()
     (tmp_path / "maskgit.py").write_text(source if whole else source[: source.index("# For the scripts\n")])
-    (tmp_path / "example.py").write_text("\n".join([*examples, *saving]))
+    (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 2
+
+
+def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
+    readme = (HERE / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("margin.py").write_text(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1])
+    assert call(monkeypatch, train_squares, *TINY, "--steps", "2") == 0
+    monkeypatch.setattr(train_squares, "ORDERS", {"entropy": train_squares.ORDERS["entropy"]})
+    capsys.readouterr()
+    command = re.search(r"python train_squares.py (--completions .*)", readme)[1]
+    assert call(monkeypatch, train_squares, *command.split()) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["margin"] * 5
+    # 64 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
+    assert re.search(r"64 steps +nothing visible +100.0% +0.000 +0.000 +64.0 +0.0% +1.000", table[-2])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import functools
 import itertools
 import math
 import runpy
+import sys
 import time
 
 import numpy as np
@@ -205,8 +206,7 @@ def follow_images(model, prior, tokens, mask, device, options):
     fill(model, truth, hidden, device, **options | followed, trace=trace)
     if not torch.equal(untouched, generator.get_state()):
         raise ValueError("the order draws numbers itself")
-    states = itertools.pairwise([hidden.to(device), *(left for _, left in trace)])
-    committed = [chance.where(before & ~after, 0) for chance, (before, after) in zip(chances, states, strict=True)]
+    committed = [chance.masked_fill(left, 0) for chance, (_, left) in zip(chances, trace, strict=True)]
     p, calls = torch.stack(committed).sum(dim=(0, 2)).exp().cpu(), network_calls(hidden, trace)
     found = torch.zeros(agree.shape, dtype=torch.float64).index_put((row, image), p)
     return found, ((p * calls).sum() / p.sum()).item(), int(calls.max())
@@ -256,6 +256,7 @@ def compare_orders(model, prior, device, inputs, decoders, draws):
     """A row per input and decoder, with both marginals: the exact posterior's in the model's place, and the model's."""
     rows, exact = [], ExactModel(prior.to(device))
     for (given, start), (order, setting, options) in itertools.product(inputs.items(), decoders):
+        print(f"completions: {given}, {order}, {setting}", file=sys.stderr, flush=True)
         rows.append({"given": given, "order": order, "setting": setting})
         rows[-1]["exact"] = judge(exact, prior, *start, device, options, EXACT_DRAWS)
         rows[-1]["model"] = judge(model, prior, *start, device, options, draws)
