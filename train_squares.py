@@ -364,13 +364,14 @@ def run(settings):
 
 def run_completions(settings):
     """Every order and setting with the model in --out, beside exact marginals; writes completions.json and .png."""
-    decoders, device = decodings(settings.completions), maskgit.pick_device(settings.device)
+    decoders, device, started = decodings(settings.completions), maskgit.pick_device(settings.device), time.monotonic()
     checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
     prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
     inputs = completion_inputs(prior)
     del inputs["random half"]  # one call does
     rows = compare_orders(checkpoint["model"], prior, device, inputs, decoders, settings.draws)
-    maskgit.write_figures(settings, {"completions": rows}, settings.out / "completions.json", settings.json)
+    figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
+    maskgit.write_figures(settings, figures, settings.out / "completions.json", settings.json)
     shown, plots = [row for row in rows if row["given"] == "nothing visible"], []
     labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
     for marginals in ("exact", "model"):
@@ -455,7 +456,12 @@ def parse_arguments():
     help = "compare all decoding orders with the model in --out, and those of a Python file's dict ORDERS"
     add("--completions", metavar="FILE", nargs="?", const="", help=help)
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
-    add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind each figure, default %(default)s")
+    add(
+        "--draws",
+        type=maskgit.at_least(20),
+        default=1000,
+        help="completions behind a figure that is counted, default %(default)s",
+    )
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)
