@@ -264,18 +264,12 @@ def compare_orders(model, prior, device, inputs, decoders, draws):
 
 
 def print_completions(rows):
-    """Exact marginals, then the trained model's. A total variation with ~ was counted."""
-    columns, table = ["total variation", "KL", "calls"], []
-    for row in rows:
-        table.append([row["order"], row["setting"], row["given"]])
+    """Exact marginals, then the trained model's. KL is nan where completions were counted."""
+    columns, line = ["total variation", "KL", "calls"], "{valid:.1%}|{total_variation:.3f}|{kl:.3f}|{calls:.1f}"
+    table = [[row["order"], row["setting"], row["given"]] for row in rows]
+    for cells, row in zip(table, rows, strict=True):
         for result in (row["exact"], row["model"]):
-            divergence = f"{result['kl']:.3f}" if "kl" in result else "~"
-            table[-1] += [
-                f"{result['valid']:.1%}",
-                f"{result['total_variation']:.3f}",
-                divergence,
-                f"{result['calls']:.1f}",
-            ]
+            cells += line.format(**{"kl": math.nan} | result).split("|")
     maskgit.print_table(["completions", "setting", "given", "exact: valid", *columns, "model: valid", *columns], table)
 
 
