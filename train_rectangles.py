@@ -9,7 +9,7 @@ Everything is scored on rectangles that training never saw, beside the exact pos
 the visible ones, over all rectangles that agree with them.
 
 On 24 sparse points, 91.0 % of the hidden tokens are right where the posterior gets 91.4 %, after 19 minutes on one core
-of an AMD EPYC server (results/rectangles_sparse.json); on the grid 98.6 % of 99.0 %, after 9.4 minutes on two cores
+of an AMD EPYC server (results/rectangles_sparse.json); on the grid 98.6 % of 99.0 %, after 7.3 minutes on two cores
 (results/rectangles_grid.json).
 
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/rectangles_grid or runs/rectangles_sparse (--out).
