@@ -148,8 +148,9 @@ def tests_of(file, piece):
 
 
 def copy_of_project(folder):
-    """The folder, with copies of the files that git tracks beside this project's README."""
-    folder.mkdir()
+    """The folder, with copies of the files that git tracks beside this project's README, and of the samplers."""
+    (folder / "benchmarks").mkdir(parents=True)
+    shutil.copy(ROOT / "benchmarks" / "samplers.py", folder / "benchmarks")
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout
     for name in listed.splitlines():
         if "/" not in name:
