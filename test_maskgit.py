@@ -1474,6 +1474,7 @@ POINTS = "6 points, 12 points, 48 points, 96 points"
 def call(monkeypatch, script, *arguments):
     """Run a script in this process as its command line would be; returns the exit code."""
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    monkeypatch.setattr(train_squares, "EXACT_DRAWS", 100)
     try:
         maskgit.run_as_script(script.main)
     except SystemExit as stop:
