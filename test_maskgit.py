@@ -1260,6 +1260,8 @@ def test_samplers_of_the_literature_by_hand():
     expected |= {"margin": [[3], [1], [4], [2], [0]], "threshold": [[1, 3], [4], [2], [0]]}
     expected |= {"klass": [[3], [1], [4], [2], [0]]}  # at first nothing is known to be stable
     assert {name: committed_first(samplers[name], probabilities) for name in expected} == expected
+    lower = functools.partial(samplers["threshold"], probability=0.75)
+    assert committed_first(lower, probabilities) == [[1, 3, 4], [2], [0]]
     halton, rolled = (committed_first(order, [[0.5, 0.5]] * 9) for order in ("halton", samplers["rolled_halton"]))
     assert rolled != halton and rolled in [halton[start:] + halton[:start] for start in range(9)]
     trace, (a, b) = [], (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))

@@ -450,12 +450,7 @@ def parse_arguments():
     help = "compare all decoding orders with the model in --out, and those of a Python file's dict ORDERS"
     add("--completions", metavar="FILE", nargs="?", const="", help=help)
     add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
-    add(
-        "--draws",
-        type=maskgit.at_least(20),
-        default=1000,
-        help="completions behind a figure that is counted, default %(default)s",
-    )
+    add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind a count, default %(default)s")
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
     add("--min-side", type=count, default=2)

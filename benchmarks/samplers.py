@@ -1,7 +1,7 @@
 """Samplers of the literature as orders of decode, a few lines each, and their second field: the rectangles' grid.
 
-    python train_squares.py --completions benchmarks/samplers.py      on the squares, where the truth is known
-    python benchmarks/samplers.py --json results/samplers_grid.json            on the model in runs/rectangles_grid
+    python train_squares.py --completions benchmarks/samplers.py       on the squares, where the truth is known
+    python benchmarks/samplers.py --json results/samplers_grid.json    on the grid's model, in runs/rectangles_grid
 
 On the grid 169 tokens are filled in, with the left half of them hidden and with all. A completed grid is explained if
 some rectangle has just these tokens. Samplers that take tokens back (ReMDM, P2) are left out: they ask the
@@ -92,12 +92,11 @@ def threshold(step, probability=0.9):
 def klass(step, probability=0.9, divergence=0.01):
     """KLASS (Kim et al. 2025, arXiv 2511.05664): those so probable whose distribution has moved by less than so many
     nats since the last step, else the most probable one."""
-    last = step.memory.setdefault(
-        "last", step.log_probs.new_full((*step.coords.shape[:2], step.log_probs.shape[1]), -1e9)
-    )
-    moved = (step.log_probs.exp() * (step.log_probs.clamp(min=-1e9) - last[step.image, step.place])).sum(dim=-1)
-    last[step.image, step.place] = step.log_probs.clamp(min=-1e9)
-    return (step.log_probs.amax(dim=-1).exp() > probability) & (moved < divergence)
+    log_probs, shape = step.log_probs.clamp(min=-1e9), step.coords.shape[:2]
+    last = step.memory.setdefault("last", log_probs.new_full((*shape, log_probs.shape[1]), -1e9))  # (B, T, K)
+    moved = (log_probs.exp() * (log_probs - last[step.image, step.place])).sum(dim=-1)
+    last[step.image, step.place] = log_probs
+    return (log_probs.amax(dim=-1).exp() > probability) & (moved < divergence)
 
 
 def settings_of(order, name, values):
@@ -134,9 +133,8 @@ def explained(tokens, tokenizer, proposals=2000):
     rng, bright = np.random.default_rng(0), tokenizer.decode(tokens.reshape(-1, side, side))[..., 0] > 0.5
 
     def wrong_tokens(rectangles, tokens):
-        return (tokenizer.nearest(train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)) != tokens).sum(
-            axis=1
-        )
+        patches = train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)
+        return (tokenizer.nearest(patches) != tokens).sum(axis=1)
 
     columns, rows = bright.any(axis=1), bright.any(axis=2)
     low = np.stack([columns.argmax(axis=1), rows.argmax(axis=1)], axis=1).clip(max=size - train_rectangles.MIN_SIDE)
