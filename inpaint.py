@@ -337,13 +337,13 @@ def encode_training(tokenizer, pictures, mirror):
 def train_model(settings, tokenizer, split, device, may_change):
     """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
     codes = encode_training(tokenizer, split.training, settings.mirror)
-    coords, shape = maskgit.grid_coords(*codes.shape[1:]).to(device), (settings.batch_size, codes[0].size)
+    coords, shape = maskgit.grid_coords(*codes.shape[1:]), (settings.batch_size, codes[0].size)
 
     def batch(step):
         generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, step))
         rows = torch.randint(len(codes), (settings.batch_size,), generator=generator)
         tokens = torch.from_numpy(codes[rows.numpy()].astype(np.int64).reshape(shape))
-        return tokens, maskgit.training_mask(shape, settings.mask, generator), coords
+        return tokens, maskgit.training_mask(shape, settings.mask, generator, coords), coords
 
     test = with_holes(split.validation[: settings.validation_images], settings.hole, VALIDATION_SEED)
     options = {"out": settings.out, "tokenizer": tokenizer, "may_change": may_change, "best_by": "validation"}

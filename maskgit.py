@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import inspect
 import json
 import math
@@ -383,14 +384,22 @@ def random_mask(shape, ratio, generator=None):
     return rank < count[:, None].to(device)
 
 
-def training_mask(shape, kind, generator=None):
+def training_mask(shape, kind, generator=None, coords=None):
     """Random hidden tokens of a kind: bool, of shape (B, T). kind is a name of SCHEDULES, to hide gamma(r) of each row
-    with r uniform (paper); a share such as "0.2", or "single" for one token (S2); or several that share the rows, such
-    as "0.2+cosine"."""
+    with r uniform (paper); a share such as "0.2", or "single" for one token (S2); a hole in tokens at coords (T, 2) or
+    (B, T, 2): the "box" that two tokens span, or the "half" beyond the middle on one of four sides; or several that
+    share the rows, such as "0.2+cosine"."""
     kinds = kind.split("+")
     if len(kinds) > 1:
-        parts = torch.arange(shape[0]).tensor_split(len(kinds))
-        return torch.cat([training_mask((len(p), shape[1]), k, generator) for p, k in zip(parts, kinds, strict=True)])
+        masks, parts = [], torch.arange(shape[0]).tensor_split(len(kinds))
+        for rows, each in zip(parts, kinds, strict=True):
+            at = coords if coords is None or coords.ndim == 2 else coords[rows]
+            masks.append(training_mask((len(rows), shape[1]), each, generator, at))
+        return torch.cat(masks)
+    if kind in ("box", "half"):
+        if coords is None:
+            raise ValueError(f"the mask {kind!r} needs the coordinates of the tokens")
+        return hole(coords.expand(*shape, 2), kind, generator)
     if kind in SCHEDULES:
         # One r from each B-th of [0, 1): the mean loss of a batch then depends less on luck.
         r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
@@ -398,7 +407,20 @@ def training_mask(shape, kind, generator=None):
     try:
         return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
     except ValueError:
-        raise ValueError(f"{kind!r} is no mask: choose single, a share, or {', '.join(SCHEDULES)}") from None
+        raise ValueError(f"{kind!r} is no mask: choose single, a share, box, half, or {', '.join(SCHEDULES)}") from None
+
+
+def hole(coords, kind, generator):
+    """training_mask's "box" and "half" of tokens at coords (B, T, 2): (B, T)."""
+    rows, tokens, _ = coords.shape
+    if kind == "box":
+        corners = torch.randint(tokens, (rows, 2, 1), generator=generator).expand(-1, -1, 2)
+        low, high = coords.gather(1, corners).aminmax(dim=1, keepdim=True)
+        return ((low <= coords) & (coords <= high)).all(dim=-1)
+    low, high = coords.aminmax(dim=1, keepdim=True)
+    beyond = coords - (low + high) / 2
+    side = torch.randint(4, (rows, 1, 1), generator=generator).expand(-1, tokens, -1)
+    return torch.cat([beyond, -beyond], dim=-1).gather(2, side)[..., 0] > 0
 
 
 def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, count=None):
@@ -604,8 +626,8 @@ def evaluation_mode(model):
 def train(
     model, batch, *, steps, seed=0, accumulate=1, every_position=False, soft_targets=None, optimizer="adamw", lr=1e-3,
     betas=(0.9, 0.95), weight_decay=0.01, warmup=100, decay="linear", clip=1.0, ema=0.0, precision="float32",
-    compile=False, validate=None, best_by=None, log_steps=100, out=None, tokenizer=None, config=None,
-    checkpoint_steps=None, resume=False,
+    compile=False, on_policy=0.0, order=by_entropy, validate=None, best_by=None, log_steps=100, out=None,
+    tokenizer=None, config=None, checkpoint_steps=None, resume=False,
 ):  # fmt: skip
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
@@ -614,6 +636,10 @@ def train(
     process takes its share of the rows; accumulate=n works through them in n parts. The gradient is always that of the
     mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it). soft_targets (K, K)
     holds the distribution to predict in place of each code. ema > 0 validates and saves a moving average of weights.
+
+    The last rows of a batch, a share of on_policy, show what decode visits: a row that is not finished comes back in
+    the next batch, with the tokens that `order` (at its own pace) commits by the pass just made now visible, at their
+    true values. It starts from its batch's mask, and is part of what a checkpoint saves.
 
     out is a folder for model.pt, written every checkpoint_steps steps or five minutes, and log.csv, with a row every
     log_steps steps to which validate(model) -> dict of floats may add columns. In the end the model is the last one, or
@@ -634,10 +660,15 @@ def train(
         while not (stopped := interrupted()) and run.step < steps:
             torch.manual_seed(step_seed(seed, run.step, rank))  # dropout, too, depends on the step alone
             tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
+            if on_policy:
+                tokens, mask, coords = run.go_on(round((1 - on_policy) * len(tokens)), tokens, mask, coords)
             inputs, counted = tokens.masked_fill(mask, model.mask_id), torch.ones_like(mask) if every_position else mask
             targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
             with precision_context(device, precision):
-                loss = backward(network, inputs, targets, counted, coords, accumulate)
+                look = functools.partial(run.visit, order, coords) if on_policy else None
+                loss = backward(network, inputs, targets, counted, coords, accumulate, look)
+            if on_policy and world > 1:  # each process has seen its rows
+                torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
             run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
             if rank == 0:
                 run.print_progress(steps)
@@ -659,10 +690,10 @@ def train(
     return run.history
 
 
-def backward(network, inputs, targets, counted, coords, accumulate):
+def backward(network, inputs, targets, counted, coords, accumulate, look=None):
     """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
-    so the parts add up to its mean however the hidden tokens are spread over them."""
+    so the parts add up to its mean however the hidden tokens are spread over them. look(rows, logits) sees each part."""
     rank, world = process_rank()
     if len(inputs) < world * accumulate:
         raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
@@ -674,6 +705,8 @@ def backward(network, inputs, targets, counted, coords, accumulate):
             loss = masked_cross_entropy(logits, targets[rows], counted[rows], count=count)
             (loss * world).backward()  # DistributedDataParallel averages over the processes
         total += loss.detach()
+        if look:
+            look(rows, logits.detach())
     if world > 1:
         torch.distributed.all_reduce(total)
     return total
@@ -688,8 +721,29 @@ class Run:
         self.current = self.average.module if ema else model  # what is validated
         self.best = None  # the model whose column `best_by` was the lowest
         self.step, self.seconds, self.history, self.loss_sum = 0, 0.0, [], 0.0  # the sum: since the last row of history
+        self.first, self.visited = 0, None  # the first on-policy row; tokens, mask and coordinates of all of them
         self.started = self.printed = self.saved = time.monotonic()
         self.gradient_norm = 0.0
+
+    def go_on(self, first, tokens, mask, coords):
+        """The batch, with the on-policy rows that are not finished in the place of its own ones from `first` on."""
+        parts = [tokens, mask] if coords.ndim == 2 else [tokens, mask, coords]
+        if self.visited:
+            rows = self.visited[1].any(dim=1).nonzero()[:, 0]
+            parts = [new.index_copy(0, first + rows, old[rows]) for new, old in zip(parts, self.visited, strict=True)]
+        self.first, self.visited = first, [part[first:].clone() for part in parts]
+        return parts if coords.ndim == 3 else [*parts, coords]
+
+    def visit(self, order, coords, rows, logits):
+        """Uncover what `order` commits next by these logits, in the on-policy ones of the batch's rows."""
+        on_policy = rows >= self.first
+        rows, logits, mask = rows[on_policy], logits[on_policy], self.visited[1]
+        hidden = mask[rows - self.first]
+        image, place = hidden.nonzero(as_tuple=True)
+        at, left = (coords if coords.ndim == 2 else coords[rows]).expand(*hidden.shape, 2), hidden.sum(dim=1) - 1
+        log_probs = logits[image, place].log_softmax(dim=-1)
+        commits = order(Step(log_probs, None, image, place, at, left.clamp(min=0), 1, 1, None, {}))
+        mask[rows[image] - self.first, place] = ~commits
 
     def update(self, loss, clip, lr):
         """Step with the gradients at hand."""
@@ -740,7 +794,7 @@ class Run:
 
     def save(self, out, tokenizer, config):
         self.require_finite()
-        progress = {name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history")}
+        progress = {name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history", "visited")}
         training = dict(
             progress=progress, model=self.model.state_dict(), average=self.average and self.average.state_dict()
         )
@@ -923,6 +977,7 @@ class CommandLine(argparse.ArgumentParser):
         add("--hidden", type=count, help="width of the MLPs, default 4 x dim")
         add("--batch-size", type=count, help="of all processes together")
         add("--mask", help="hidden tokens: single, a schedule, a share, or several of them, as 0.2+cosine")
+        add("--on-policy", type=share, default=0.0, help="share of a batch's rows that follow decode, step by step")
         add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
         add("--checkpoint-steps", type=count, help="write model.pt so often, besides every 5 minutes")
         add("--lr", type=amount)
@@ -1006,7 +1061,7 @@ def seed_everything(seed):
 def open_run(settings):
     """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
     device = pick_device(settings.device)
-    training_mask((99, 1), settings.mask)  # complains if there is no such kind
+    training_mask((99, 1), settings.mask, coords=torch.zeros(1, 2))  # complains if there is no such kind
     settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
     if (settings.out / "model.pt").exists() and not (settings.resume or settings.force):
         holds = f"{settings.out} holds a run already"

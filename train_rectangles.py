@@ -109,20 +109,22 @@ def draw_points(sampling, rectangles, count, rng):
 def make_batch(tokenizer, settings):
     """batch(step) for train(): fresh rectangles at every step, or --rectangles that are always the same; fresh points,
     or with --fixed-points those of each rectangle; fresh masks in any case."""
-    sampling, count = "grid" if settings.task == "grid" else settings.sampling, settings.points
+    sampling, (fewest, *_, most) = "grid" if settings.task == "grid" else settings.sampling, 2 * settings.points
     if settings.rectangles:  # 100 are those of the codebook (S2)
         fixed = draw_rectangles(settings.rectangles, [settings.seed, 0])
-        fixed_points = draw_points(sampling, fixed, count, np.random.default_rng([settings.seed, 2]))
+        fixed_points = draw_points(sampling, fixed, fewest, np.random.default_rng([settings.seed, 2]))
 
     def batch(step):
         seed = maskgit.step_seed(settings.seed, step)
         rng = np.random.default_rng(seed)
         rows = rng.integers(len(fixed), size=settings.batch_size) if settings.rectangles else None
         rectangles = fixed[rows] if settings.rectangles else draw_rectangles(settings.batch_size, rng, settings.task)
+        count = round(fewest * (most / fewest) ** rng.random())
         points = fixed_points[rows] if settings.fixed_points else draw_points(sampling, rectangles, count, rng)
         tokens = torch.from_numpy(tokenizer.nearest(coverage(rectangles, points)))
-        mask = maskgit.training_mask(tokens.shape, settings.mask, torch.Generator().manual_seed(seed))
-        return tokens, mask, torch.from_numpy(GRID_POINTS if sampling == "grid" else points).float()
+        coords = torch.from_numpy(GRID_POINTS if sampling == "grid" else points).float()
+        mask = maskgit.training_mask(tokens.shape, settings.mask, torch.Generator().manual_seed(seed), coords)
+        return tokens, mask, coords
 
     return batch
 
@@ -412,7 +414,8 @@ def parse_arguments():
     add = parser.add_argument_group("images").add_argument
     add("--rectangles", type=count, help="train on so many rectangles (S2: 100); default: fresh ones at every step")
     add("--fixed-points", action="store_true", help="each of the --rectangles always with the same points (S2)")
-    add("--points", type=maskgit.at_least(2), default=24, help="patches per training image of the sparse task")
+    help = "patches per training image of the sparse task, or the fewest and the most; each batch then draws how many"
+    add("--points", type=maskgit.at_least(2), nargs="+", default=[24], help=help)
     add("--sampling", choices=("uniform", "edges", "cornerless"), default="uniform", help="where the points lie")
     add("--soft-targets", type=maskgit.at_least(0.0, float), default=0.0, help="width; near codes are nearly right")
     parser.add_shared_options("runs/rectangles_TASK")

@@ -61,6 +61,12 @@ def posterior(prior, tokens, mask):
     return agree @ prior.float() / agree.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def pixel_coords(images):
+    """Of images (B, T): (T, 2)."""
+    side = math.isqrt(images.shape[1])
+    return maskgit.grid_coords(side, side)
+
+
 class ExactModel:
     """The posterior's marginals in the place of a trained network: what is wrong then is the sampler's fault."""
 
@@ -84,7 +90,7 @@ VALIDATION_COUNT, TEST_COUNT = 256, 4096
 
 def make_batch(prior, settings):
     """batch(step) for train(): each epoch shows every image `presentations` times in a random order."""
-    coords = maskgit.grid_coords(settings.grid, settings.grid)
+    coords = pixel_coords(prior)
     size, epoch_length = settings.batch_size, len(prior) * settings.presentations
 
     @functools.lru_cache(maxsize=4)
@@ -98,7 +104,7 @@ def make_batch(prior, settings):
         order = torch.cat([epoch_order(epoch) for epoch in epochs])[first % epoch_length :]
         tokens = prior[order[:size]]
         generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, step))
-        return tokens, maskgit.training_mask(tokens.shape, settings.mask, generator), coords
+        return tokens, maskgit.training_mask(tokens.shape, settings.mask, generator, coords), coords
 
     return batch
 
@@ -107,7 +113,7 @@ def test_set(prior, kind, count, seed):
     """Tokens (count, T), mask (count, T), and the exact probability of white at each hidden pixel."""
     generator = torch.Generator().manual_seed(seed)
     tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
-    mask = maskgit.training_mask(tokens.shape, kind, generator)
+    mask = maskgit.training_mask(tokens.shape, kind, generator, pixel_coords(prior))
     return tokens, mask, posterior(prior, tokens, mask)[mask]
 
 
@@ -117,8 +123,8 @@ def score(model, prior, kind, count, seed):
     everything the hidden pixels can be, so cross_entropy - limit is exactly the mean KL divergence from the
     posterior, in nats per hidden pixel."""
     tokens, mask, white = test_set(prior, kind, count, seed)
-    device, side = next(model.parameters()).device, math.isqrt(prior.shape[1])
-    coords, inputs = maskgit.grid_coords(side, side).to(device), tokens.masked_fill(mask, MASK_ID).split(1024)
+    device = next(model.parameters()).device
+    coords, inputs = pixel_coords(prior).to(device), tokens.masked_fill(mask, MASK_ID).split(1024)
     log_probs = torch.cat([model(part.to(device), coords).float().log_softmax(dim=-1).cpu() for part in inputs])[mask]
     truth = torch.stack([1 - white, white], dim=-1)  # (hidden pixels, 2)
     limit = torch.special.entr(truth).sum(dim=-1).mean().item()
@@ -168,19 +174,26 @@ def decodings(path):
 
 def fill(model, tokens, mask, device, **options):
     """The tokens with the hidden ones filled in by decode: (B, T)."""
-    side, generator = math.isqrt(tokens.shape[1]), torch.Generator(device).manual_seed(TEST_SEED)
-    tokens, mask, coords = tokens.to(device), mask.to(device), maskgit.grid_coords(side, side).to(device)
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    tokens, mask, coords = tokens.to(device), mask.to(device), pixel_coords(tokens).to(device)
     return maskgit.decode(model, tokens, mask, coords, **{"generator": generator} | options).cpu()
 
 
-def completion_inputs(prior, count=20):
-    """{name: (tokens, mask)}: nothing is visible; of `count` images half of the pixels are, or the left half."""
-    side, generator = math.isqrt(prior.shape[1]), torch.Generator().manual_seed(TEST_SEED)
-    images = prior[torch.randint(len(prior), (count,), generator=generator)]
-    right = (maskgit.grid_coords(side, side)[:, 0] >= side / 2).expand(images.shape)
-    half = maskgit.random_mask(images.shape, 0.5, generator)
-    nothing = images[:1], torch.ones_like(half[:1])
-    return {"nothing visible": nothing, "random half": (images, half), "left half": (images, right)}
+def completion_inputs(prior):
+    """{name: (tokens, mask)} of every image of the prior: nothing is visible, half of the pixels, or a half."""
+    (x, y), side = pixel_coords(prior).T, math.isqrt(prior.shape[1])
+    hidden = {"nothing": x >= 0, "left half": x >= side / 2, "right half": x < side / 2}
+    hidden |= {"top half": y >= side / 2, "bottom half": y < side / 2}
+    masks = {name: mask.expand(prior.shape) for name, mask in hidden.items()}
+    masks["random half"] = maskgit.random_mask(prior.shape, 0.5, torch.Generator().manual_seed(TEST_SEED))
+    return {name: (prior, mask) for name, mask in masks.items()}
+
+
+def alike(tokens, mask):
+    """What averages over inputs (B, T) that show the same: (B, B), rows that add up to 1."""
+    shown = tokens.masked_fill(mask, MASK_ID)
+    same = (shown[:, None] == shown).all(dim=-1).double()
+    return same / same.sum(dim=1)
 
 
 def follow_images(model, prior, tokens, mask, device, options):
@@ -190,9 +203,9 @@ def follow_images(model, prior, tokens, mask, device, options):
     Every image that agrees with its input is followed: whatever the order commits takes the image's value, and the
     probabilities of these values multiply. It ends in an error if the order looks at step.values, which are not there
     yet, or draws numbers itself."""
-    agree = consistent(prior, tokens, mask)  # (B, M)
-    row, image = agree.nonzero(as_tuple=True)
-    truth, hidden, chances, trace = prior[image].to(device), mask[row], [], []
+    shown, which = tokens.masked_fill(mask, MASK_ID).unique(dim=0, return_inverse=True)  # each input once
+    row, image = consistent(prior, shown, shown == MASK_ID).nonzero(as_tuple=True)
+    truth, hidden, chances, trace = prior[image].to(device), (shown == MASK_ID)[row], [], []
 
     def follow(step):
         choice = options["order"](step._replace(values=None))
@@ -208,8 +221,9 @@ def follow_images(model, prior, tokens, mask, device, options):
         raise ValueError("the order draws numbers itself")
     committed = [chance.masked_fill(left, 0) for chance, (_, left) in zip(chances, trace, strict=True)]
     p, calls = torch.stack(committed).sum(dim=(0, 2)).exp().cpu(), network_calls(hidden, trace)
-    found = torch.zeros(agree.shape, dtype=torch.float64).index_put((row, image), p)
-    return found, ((p * calls).sum() / p.sum()).item(), int(calls.max())
+    found = torch.zeros(len(shown), len(prior), dtype=torch.float64).index_put((row, image), p)
+    weighted = p * which.bincount()[row]
+    return found[which], ((weighted * calls).sum() / weighted.sum()).item(), int(calls.max())
 
 
 def network_calls(mask, trace):
@@ -244,10 +258,11 @@ def judge(model, prior, tokens, mask, device, options, draws):
         result = {"kl": float((truth * (truth / found).log()).nansum(dim=1).mean().clamp(min=0))}
     except (AttributeError, TypeError, ValueError):
         found, calls, most = count_images(model, prior, tokens, mask, device, options, draws)
-        repeats = math.ceil(draws / len(tokens))
+        average, repeats = alike(tokens, mask), math.ceil(draws / len(tokens))
         exact = np.random.default_rng(0).multinomial(repeats, truth, size=(100, len(truth))) / repeats
-        exact = torch.from_numpy(exact).flatten(0, 1)
-        result = {"draws": draws, "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
+        exact = (average @ torch.from_numpy(exact)).flatten(0, 1)
+        result = {"draws": repeats * len(tokens), "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
+        found = average @ found
     result |= {"valid": float(found.sum(dim=1).mean()), "total_variation": total_variation(found, truth)}
     return result | {"calls": calls, "most_calls": most}
 
@@ -284,11 +299,10 @@ def as_images(tokens):
 
 
 def draw_samples(model, prior, device):
-    """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, the left half given."""
+    """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, a half."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
-    masks = [maskgit.training_mask((4, prior.shape[1]), kind, generator) for kind in ("0.2", "cosine", "0.5")]
-    mask = torch.cat([*masks, completion_inputs(prior, 4)["left half"][1]])
+    mask = maskgit.training_mask(truth.shape, "0.2+cosine+0.5+half", generator, pixel_coords(prior))
     filled = fill(model, truth, mask, device)
     columns = torch.stack([truth.masked_fill(mask, MASK_ID), filled, truth], dim=1)  # (16, 3, T)
     return maskgit.image_grid(as_images(columns.flatten(0, 1)), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
@@ -324,7 +338,7 @@ def run(settings):
     inputs, compare = completion_inputs(prior), functools.partial(compare_orders, model, prior, device)
     completions = compare(inputs, [("entropy", "budget 0.001", {"order": maskgit.by_entropy})], settings.draws)
     papers = ("confidence", "16 steps", {"order": maskgit.by_confidence, "steps": 16})
-    completions += compare({"nothing visible": inputs["nothing visible"]}, [papers], settings.draws)
+    completions += compare({"nothing": inputs["nothing"]}, [papers], settings.draws)
 
     names = {"training batches": "loss", "unseen masks": "cross_entropy"}
     curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
@@ -361,12 +375,11 @@ def run_completions(settings):
     decoders, device, started = decodings(settings.completions), maskgit.pick_device(settings.device), time.monotonic()
     checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
     prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
-    inputs = completion_inputs(prior)
-    del inputs["random half"]  # one call does
+    inputs = {name: completion_inputs(prior)[name] for name in ("nothing", "left half")}
     rows = compare_orders(checkpoint["model"], prior, device, inputs, decoders, settings.draws)
     figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
     maskgit.write_figures(settings, figures, settings.out / "completions.json", settings.json)
-    shown, plots = [row for row in rows if row["given"] == "nothing visible"], []
+    shown, plots = [row for row in rows if row["given"] == "nothing"], []
     labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
     for marginals in ("exact", "model"):
         curves = {}
