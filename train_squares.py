@@ -445,7 +445,7 @@ def run_ablation(settings):
 # A batch here is each image once, S1 takes its rate and epochs from S2, and S2 takes S1's block but a head
 # and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
 REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5, epochs=300)
-REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, weight_decay=0.0, rotary=False)
+REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, weight_decay=0.0, rotary=False, on_policy=0.0)
 POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
 POST1 |= dict(min_side=2, max_side=5, presentations=1, batch_size=126)
 POST2 = dict(dim=640, hidden=1600, head="linear", positions="split", mask="0.2")
@@ -471,14 +471,15 @@ def parse_arguments():
     add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
     add("--presentations", type=count, default=1)
     parser.add_shared_options("runs/squares")
-    parser.set_defaults(mask="cosine", dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
+    parser.set_defaults(mask="cosine+cosine+half+1", on_policy=0.5)
+    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
     parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
     settings = parser.parse_args()
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
         # An epoch of S1 is one update, so the ablation's 500 are 500 epochs.
-        settings.steps = math.ceil(shown / settings.batch_size) or (500 if settings.ablation else 1800)
+        settings.steps = math.ceil(shown / settings.batch_size) or (500 if settings.ablation else 3400)
     return settings
 
 

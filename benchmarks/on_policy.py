@@ -1,13 +1,20 @@
-"""What a share of on-policy rows does to the squares, beside weights on the loss; three seeds each.
+"""What on-policy rows and holes do to the squares, beside weights on the loss; three seeds each.
 
     python benchmarks/on_policy.py --json results/squares_on_policy.json
 
-Shares of 0 to 3/4 of the default run's batch, in a smaller budget of steps. In place of on-policy rows the loss may be
-weighted, after PAPL (arXiv 2509.23405): in each row by 1 + T softmax(log-probability of the true token), where T is the
-number of its hidden tokens, which stresses what a confident order would commit first; and its inverse, by the same with
-the sign changed. 20 minutes on two cores.
+The training masks of the default run with shares of 0 to 3/4 of the rows on-policy, and random masks alone, in a
+smaller budget of steps. In place of on-policy rows the loss may be weighted, after PAPL (arXiv 2509.23405): in each row
+by 1 + T softmax(log-probability of the true token), where T is the number of its hidden tokens, which stresses what a
+confident order commits first; and the inverse, with the sign changed.
+
+Beside the scores of completions it measures their error step by step: the divergence between what the posterior and the
+model say of the tokens that a step commits, in nats per image. They add up to the KL divergence of all completions.
+And it counts the inputs that can be answered for one reason alone: that the sides of a square are equal. 25 minutes on
+two cores.
 """
 
+import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import maskgit
 import train_squares
 
-VARIANTS = {f"share {share:g}": (share, 0) for share in (0, 0.25, 0.5, 0.75)} | {"PAPL": (0, 1), "inverse": (0, -1)}
+MASK = "cosine+cosine+half+1"
+VARIANTS = {"random masks": ("cosine", 0, 0)} | {f"share {s:g}": (MASK, s, 0) for s in (0, 0.25, 0.5, 0.75)}
+VARIANTS |= {"PAPL": ("cosine", 0, 1), "inverse PAPL": ("cosine", 0, -1)}
+GIVEN = ("nothing", "left half", "right half", "top half", "bottom half", "random half")
 plain_cross_entropy = maskgit.masked_cross_entropy
 
 
@@ -26,48 +36,95 @@ def weighted_cross_entropy(sign):
 
     def loss(logits, targets, mask, *, count):
         log_probs = logits.log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]  # (B, T)
-        share = (sign * log_probs.detach()).masked_fill(~mask, -torch.inf).softmax(dim=-1).nan_to_num()
+        share = (sign * log_probs.detach()).masked_fill(~mask, -math.inf).softmax(dim=-1).nan_to_num()
         return -(log_probs * (mask + mask.sum(dim=1, keepdim=True) * share)).sum() / (2 * count)
 
     return loss
 
 
+@torch.no_grad()
+def error_by_step(model, prior, tokens, mask, device):
+    """Nats per image of each step of decode, which is told the true values; the last is all steps from the 20th on."""
+
+    def follow(step):
+        step.values.copy_(tokens.to(device)[step.image, step.place])
+        return maskgit.by_entropy(step)
+
+    trace, errors, coords = [(tokens, mask)], [0.0] * 20, train_squares.pixel_coords(prior).to(device)
+    train_squares.fill(model, tokens, mask, device, order=follow, steps=64, trace=trace)
+    for i, ((_, before), (_, after)) in enumerate(itertools.pairwise(trace)):
+        before, after = before.cpu(), after.cpu()
+        images = [train_squares.consistent(prior, tokens, hidden).sum(dim=1) for hidden in (before, after)]
+        log_probs = model(tokens.masked_fill(before, model.mask_id).to(device), coords).log_softmax(dim=-1).cpu()
+        found = (log_probs.gather(-1, tokens[..., None])[..., 0] * (before & ~after)).sum(dim=1)
+        errors[min(i, 19)] += ((images[1] / images[0]).log() - found).mean().item()
+    return errors
+
+
 def run(settings, prior, name, seed):
     """The figures of one training."""
-    share, sign = VARIANTS[name]
-    sys.argv = ["train_squares.py", "--on-policy", str(share), "--steps", str(settings.steps), "--seed", str(seed)]
+    mask, share, sign = VARIANTS[name]
+    sys.argv = ["train_squares.py", "--mask", mask, "--on-policy", str(share), "--seed", str(seed)]
     training = train_squares.parse_arguments()
-    training.precision = maskgit.fast_precision(settings.device)
+    training.steps, training.precision = settings.steps, maskgit.fast_precision(settings.device)
     maskgit.masked_cross_entropy = weighted_cross_entropy(sign) if sign else plain_cross_entropy
     model, history = train_squares.train_model(training, prior, settings.device)
     row = {"variant": name, "seed": seed, "seconds": history[-1]["seconds"]}
     row["kl"] = train_squares.score(model, prior, "cosine", train_squares.TEST_COUNT, train_squares.TEST_SEED)["kl"]
     for given, start in train_squares.completion_inputs(prior).items():
-        options = {"order": maskgit.by_entropy}
-        row[given] = train_squares.judge(model, prior, *start, settings.device, options, 20)
+        row[given] = train_squares.judge(model, prior, *start, settings.device, {"order": maskgit.by_entropy}, 20)
+        row[given]["error_by_step"] = error_by_step(model, prior, *start, settings.device)
     return row
+
+
+def all_rectangles(grid, min_side, max_side):
+    """Every image with one filled rectangle: (M, grid * grid)."""
+    images, sides = [], range(min_side, max_side + 1)
+    for height, width in itertools.product(sides, repeat=2):
+        for top, left in itertools.product(range(grid - height + 1), range(grid - width + 1)):
+            images.append(torch.zeros(grid, grid, dtype=torch.int64))
+            images[-1][top : top + height, left : left + width] = train_squares.WHITE
+    return torch.stack(images).flatten(1)
+
+
+def share_by_equal_sides(prior, kind):
+    """The share of inputs that one square agrees with, but several rectangles."""
+    tokens, mask, _ = train_squares.test_set(prior, kind, 20_000, train_squares.VALIDATION_SEED)
+    squares, rectangles = (
+        train_squares.consistent(images, tokens, mask).sum(dim=1) for images in (prior, all_rectangles(8, 2, 5))
+    )
+    return ((squares == 1) & (rectangles > 1)).double().mean().item()
 
 
 def main():
     parser = maskgit.CommandLine(__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--device", type=maskgit.pick_device, default="auto")
+    parser.add_argument("--json", type=Path, help="write the figures to this file, and a plot beside it")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=maskgit.at_least(1), default=900, help="of each training")
     settings, prior = parser.parse_args(), train_squares.all_squares(8, 2, 5)
-    rows, table = [], []
+    settings.device = maskgit.pick_device(settings.device)
+    rows, table, curves = [], [], {}
     for name in VARIANTS:
         rows += [run(settings, prior, name, seed) for seed in range(3)]
         found = rows[-3:]
-        cells = [" ".join(f"{row['kl']:.4f}" for row in found)]
-        for given in train_squares.completion_inputs(prior):
-            cells.append(" ".join(f"{row[given]['valid']:.1%}" for row in found))
-        cells.insert(2, " ".join(f"{row['nothing']['total_variation']:.3f}" for row in found))
-        table.append([name, *cells])
+        line = [" ".join(f"{row['kl']:.4f}" for row in found)]
+        line += [" ".join(f"{row['nothing']['total_variation']:.3f}" for row in found)]
+        line += [" ".join(f"{row[given]['valid']:.1%}" for row in found) for given in GIVEN]
+        table.append([name, *line])
         print(*table[-1], sep="  ", file=sys.stderr, flush=True)
-    head = ["rows", "KL, cosine masks", "nothing: valid", "its total variation"]
-    maskgit.print_table([*head, *list(train_squares.completion_inputs(prior))[1:]], table)
+    head = ["training", "KL, cosine masks", "TV from nothing", *(f"valid, given {given}" for given in GIVEN)]
+    maskgit.print_table(head, table)
+    kinds = {kind: share_by_equal_sides(prior, kind) for kind in ("cosine", "half")}
+    print("certain by equal sides alone:", ", ".join(f"{share:.2%} of {kind} masks" for kind, share in kinds.items()))
+    for name, given in itertools.product(("random masks", "share 0.5"), ("nothing", "left half")):
+        steps = [row[given]["error_by_step"] for row in rows if row["variant"] == name]
+        curves[f"{name}, {given} given"] = (range(1, 21), torch.tensor(steps).mean(dim=0).tolist())
+    labels = {"x_label": "step of decode", "y_label": "nats per image, mean of three seeds"}
+    plot = maskgit.line_plot(curves, title="Error of what each step commits", **labels)
     settings.device = str(settings.device)
-    maskgit.write_figures(settings, {"runs": rows}, settings.json)
+    maskgit.write_figures(settings, {"certain_by_equal_sides": kinds, "runs": rows}, settings.json)
+    if settings.json:
+        plot.save(settings.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
