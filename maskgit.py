@@ -693,7 +693,8 @@ def train(
 def backward(network, inputs, targets, counted, coords, accumulate, look=None):
     """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
-    so the parts add up to its mean however the hidden tokens are spread over them. look(rows, logits) sees each part."""
+    so the parts add up to its mean however the hidden tokens are spread over them. Each is shown to look(rows, logits).
+    """
     rank, world = process_rank()
     if len(inputs) < world * accumulate:
         raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")

@@ -890,8 +890,9 @@ def test_on_policy_rows_are_what_decode_visits(at_own_coords, accumulate):
     for row in range(18, 24):
         step = 0
         while step < 9:
-            tokens, mask, where = (part[row : row + 1] if part.ndim > 1 + (part is coords) else part for part in batch(step))
-            trace = [(fresh[step][row : row + 1], mask)]
+            one, (tokens, mask, where) = slice(row, row + 1), batch(step)
+            tokens, mask, where = tokens[one], mask[one], where[one] if at_own_coords else where
+            trace = [(fresh[step][one], mask)]
 
             def follow(visit, tokens=tokens):
                 visit.values.copy_(tokens[0, visit.place])
@@ -1324,6 +1325,9 @@ def test_inputs_that_show_the_same_count_as_often_as_there_are():
         assert result["valid"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4, abs=0.01)
         assert result["total_variation"] == pytest.approx((0.5 + 0.5) / 4, abs=0.01)
     assert result["exact_sampling"] < 0.01
+    entropy = {"order": maskgit.by_entropy}
+    result = train_squares.judge(train_squares.ExactModel(prior), prior, prior, mask, "cpu", entropy, 20)
+    assert result["calls"] == pytest.approx((2 + 2 + 1 + 1) / 4) and result["valid"] == pytest.approx(1)
     arguments = EXACT, SQUARES, *nothing_visible(SQUARES), "cpu"
     paper, at_random = (
         train_squares.judge(*arguments, {"order": train_squares.ORDERS[name], "steps": 16}, 1000)

@@ -30,7 +30,8 @@ VARIANTS = [  # name, target, options of train_squares.py
 
 def race(options, seed, device):
     """Seconds of training and the KL that it ends at."""
-    sys.argv = ["train_squares.py", *options, "--seed", str(seed)]
+    random_masks = ["--mask", "cosine", "--on-policy", "0"]
+    sys.argv = ["train_squares.py", *options, *random_masks, "--seed", str(seed)]
     settings = train_squares.parse_arguments()
     settings.precision = fast_precision(device)
     prior = train_squares.all_squares(settings.grid, settings.min_side, settings.max_side)
