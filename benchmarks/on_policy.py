@@ -9,9 +9,8 @@ confident order commits first; and the inverse, with the sign changed.
 
 Beside the scores of completions it measures their error step by step: the divergence between what the posterior and the
 model say of the tokens that a step commits, in nats per image. They add up to the KL divergence of all completions.
-And it counts the inputs that four rectangles or more would answer, but one square: by its equal sides alone. One model goes
-on to learn by heart the states that it visits, without any chance: is rarity all that it lacks? 30 minutes on two
-cores.
+And it counts the inputs that one square agrees with but four rectangles or more: equal sides alone decide. One model
+goes on to learn by heart the states that it visits, without any chance: is rarity all that it lacks? 30 minutes.
 """
 
 import itertools
@@ -131,7 +130,7 @@ def main():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file, and a plot beside it")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--steps", type=maskgit.at_least(1), default=900, help="of each training")
+    parser.add_argument("--steps", type=maskgit.at_least(1), default=700, help="of each training")
     settings, prior = parser.parse_args(), train_squares.all_squares(8, 2, 5)
     settings.device = maskgit.pick_device(settings.device)
     rows, table, curves = [], [], {}
