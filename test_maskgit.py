@@ -1450,7 +1450,7 @@ def test_soft_targets_weigh_codes_by_distance():
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
-    settings = argparse.Namespace(task="sparse", seed=3, batch_size=6, rectangles=None, points=5, mask="0.2")
+    settings = argparse.Namespace(task="sparse", seed=3, batch_size=6, rectangles=None, points=[5], mask="0.2")
     settings.sampling, settings.fixed_points = "uniform", False
     first, second = (train_rectangles.make_batch(tokenizer, settings) for _ in range(2))
     for step in (4, 0):
@@ -1458,6 +1458,9 @@ def test_batches_depend_on_the_step_alone(tokenizer):
     other = train_rectangles.make_batch(tokenizer, argparse.Namespace(**vars(settings) | {"seed": 4}))
     for different in (first(1), other(0)):
         assert not any(map(torch.equal, first(0), different))
+    several = train_rectangles.make_batch(tokenizer, argparse.Namespace(**vars(settings) | {"points": [4, 16]}))
+    counts = [several(step)[0].shape[1] for step in range(200)]
+    assert {4, 16} < set(counts) <= set(range(4, 17)) and 80 < sum(count < 8 for count in counts) < 120  # on a log scale
     settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points
     for settings.task, settings.fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
         batch = train_rectangles.make_batch(tokenizer, settings)
@@ -1652,10 +1655,11 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     ("message", "squares", "rectangles"),
     [
         ("is below", "--steps 0, --lr -1, --lr nan, --draws 0", "--soft-targets -1, --rectangles 0, --points 1"),
+        ("takes one number", "", "--points 6 5, --points 5 6 7"),
         ("is below 0.0, or not below 1.0", "--dropout 1, --ema 2", ""),
         ("invalid", "--steps many, --norm none, --preset post3", "--task round"),
         ("unrecognized", "--stepz 3", ""),
-        ("is no mask", "--mask half, --mask 1.5", "--mask sideways, --mask 0.2+1.5"),
+        ("is no mask", "--mask quarter, --mask 1.5", "--mask sideways, --mask 0.2+1.5"),
         ("do not fit a grid of", "--grid 4 --max-side 5, --min-side 4 --max-side 3", ""),
         ("divisible by", "--heads 5, --dim 6 --heads 2", "--dim 18"),
         ("belongs to the cosine head", "--learn-temperature", ""),
