@@ -626,7 +626,7 @@ def evaluation_mode(model):
 def train(
     model, batch, *, steps, seed=0, accumulate=1, every_position=False, soft_targets=None, optimizer="adamw", lr=1e-3,
     betas=(0.9, 0.95), weight_decay=0.01, warmup=100, decay="linear", clip=1.0, ema=0.0, precision="float32",
-    compile=False, on_policy=0.0, order=by_entropy, validate=None, best_by=None, log_steps=100, out=None,
+    compile=False, on_policy=0.0, policy=by_entropy, validate=None, best_by=None, log_steps=100, out=None,
     tokenizer=None, config=None, checkpoint_steps=None, resume=False,
 ):  # fmt: skip
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
@@ -637,9 +637,9 @@ def train(
     mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it). soft_targets (K, K)
     holds the distribution to predict in place of each code. ema > 0 validates and saves a moving average of weights.
 
-    The last rows of a batch, a share of on_policy, show what decode visits: a row that is not finished comes back in
-    the next batch, with the tokens that `order` (at its own pace) commits by the pass just made now visible, at their
-    true values. It starts from its batch's mask, and is part of what a checkpoint saves.
+    The last rows of a batch, a share of on_policy, show what decode visits. They start as batch() has them. A row that
+    is not finished comes back in the next batch, and the tokens that the policy, an order at its own pace, commits by
+    the pass just made are then visible, with their true values.
 
     out is a folder for model.pt, written every checkpoint_steps steps or five minutes, and log.csv, with a row every
     log_steps steps to which validate(model) -> dict of floats may add columns. In the end the model is the last one, or
@@ -665,7 +665,7 @@ def train(
             inputs, counted = tokens.masked_fill(mask, model.mask_id), torch.ones_like(mask) if every_position else mask
             targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
             with precision_context(device, precision):
-                look = functools.partial(run.visit, order, coords) if on_policy else None
+                look = functools.partial(run.visit, policy, coords) if on_policy else None
                 loss = backward(network, inputs, targets, counted, coords, accumulate, look)
             if on_policy and world > 1:  # each process has seen its rows
                 torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
@@ -730,20 +730,22 @@ class Run:
         """The batch, with the on-policy rows that are not finished in the place of its own ones from `first` on."""
         parts = [tokens, mask] if coords.ndim == 2 else [tokens, mask, coords]
         if self.visited:
+            if self.visited[1].shape != mask[first:].shape:
+                raise ValueError("on-policy rows come back in the next batch, so all batches must have one shape")
             rows = self.visited[1].any(dim=1).nonzero()[:, 0]
             parts = [new.index_copy(0, first + rows, old[rows]) for new, old in zip(parts, self.visited, strict=True)]
         self.first, self.visited = first, [part[first:].clone() for part in parts]
         return parts if coords.ndim == 3 else [*parts, coords]
 
-    def visit(self, order, coords, rows, logits):
-        """Uncover what `order` commits next by these logits, in the on-policy ones of the batch's rows."""
+    def visit(self, policy, coords, rows, logits):
+        """Uncover what the policy commits next by these logits, in the on-policy ones of the batch's rows."""
         on_policy = rows >= self.first
         rows, logits, mask = rows[on_policy], logits[on_policy], self.visited[1]
         hidden = mask[rows - self.first]
         image, place = hidden.nonzero(as_tuple=True)
         at, left = (coords if coords.ndim == 2 else coords[rows]).expand(*hidden.shape, 2), hidden.sum(dim=1) - 1
         log_probs = logits[image, place].log_softmax(dim=-1)
-        commits = order(Step(log_probs, None, image, place, at, left.clamp(min=0), 1, 1, None, {}))
+        commits = policy(Step(log_probs, None, image, place, at, left.clamp(min=0), 1, 1, None, {}))
         mask[rows[image] - self.first, place] = ~commits
 
     def update(self, loss, clip, lr):

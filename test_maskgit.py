@@ -717,6 +717,7 @@ REFUSED = [
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
     ("cannot be split", lambda: train(tiny_model(codes=2), striped_batch, steps=1, accumulate=25)),
     ("needs the coordinates", lambda: training_mask((6, 100), "0.2+half")),
+    ("must have one shape", lambda: train(tiny_model(codes=2), growing_batch, steps=2, on_policy=0.5)),
     ("adamw, muon", lambda: train(tiny_model(codes=2), striped_batch, steps=1, optimizer="sgd")),
     ("constant, linear, cosine", lambda: learning_rate_factor(0, 100, 0, "step")),
     ("is no mask", lambda: maskgit.open_run(argparse.Namespace(device="cpu", mask="0.2+1.5"))),
@@ -742,6 +743,11 @@ def striped_batch(step):
     generator = seeded(step)
     tokens = torch.randint(2, (24, 1), generator=generator).expand(24, 9).contiguous()
     return tokens, random_mask(tokens.shape, torch.rand(24, generator=generator), generator), grid_coords(3, 3)
+
+
+def growing_batch(step):
+    tokens = torch.zeros(4, 4 + step, dtype=torch.int64)
+    return tokens, tokens == 0, grid_coords(1, 4 + step)
 
 
 def broken_off_at(stop, error=KeyboardInterrupt):
@@ -882,7 +888,7 @@ def test_on_policy_rows_are_what_decode_visits(at_own_coords, accumulate):
 
     hook = model.register_forward_pre_hook(lambda _, args: inputs.append([args[0], args[1].expand(*args[0].shape, 2)]))
     order = functools.partial(maskgit.by_entropy, budget=1.5)
-    train(model, batch, steps=9, lr=0.0, on_policy=0.25, order=order, accumulate=accumulate)
+    train(model, batch, steps=9, lr=0.0, on_policy=0.25, policy=order, accumulate=accumulate)
     hook.remove()
     shown, at = (torch.cat(parts).reshape(9, 24, 9, -1) for parts in zip(*inputs, strict=True))
     fresh = [batch(step)[0].masked_fill(batch(step)[1], 2) for step in range(9)]

@@ -295,7 +295,7 @@ def train_model(settings, tokenizer, device, out=None):
         return {"unseen": torch.nn.functional.nll_loss(hidden_log_probs(model, unseen), codes).item()}
 
     soft = soft_targets(tokenizer, settings.soft_targets) if settings.soft_targets else None
-    options = {"out": out, "tokenizer": tokenizer, "soft_targets": soft, "validate": validate, "order": ORDER}
+    options = {"out": out, "tokenizer": tokenizer, "soft_targets": soft, "validate": validate, "policy": ORDER}
     options["may_change"] = ("remedies", "test_images", "proposals")
     return maskgit.train_as_set(settings, CODES, make_batch(tokenizer, settings), device, **options)
 
