@@ -741,11 +741,11 @@ class Run:
         """Uncover what the policy commits next by these logits, in the on-policy ones of the batch's rows."""
         on_policy = rows >= self.first
         rows, logits, mask = rows[on_policy], logits[on_policy], self.visited[1]
-        hidden = mask[rows - self.first]
-        image, place = hidden.nonzero(as_tuple=True)
-        at, left = (coords if coords.ndim == 2 else coords[rows]).expand(*hidden.shape, 2), hidden.sum(dim=1) - 1
+        image, place = mask[rows - self.first].nonzero(as_tuple=True)
+        at = coords.expand(self.first + len(mask), -1, -1)[rows]
+        left = (mask[rows - self.first].sum(dim=1) - 1).clamp(min=0)
         log_probs = logits[image, place].log_softmax(dim=-1)
-        commits = policy(Step(log_probs, None, image, place, at, left.clamp(min=0), 1, 1, None, {}))
+        commits = policy(Step(log_probs, None, image, place, at, left, 1, 1, None, {}))
         mask[rows[image] - self.first, place] = ~commits
 
     def update(self, loss, clip, lr):

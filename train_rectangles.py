@@ -109,8 +109,8 @@ def draw_points(sampling, rectangles, count, rng):
 def make_batch(tokenizer, settings):
     """batch(step) for train(): fresh rectangles at every step, or --rectangles that are always the same; fresh points,
     or with --fixed-points those of each rectangle; fresh masks in any case."""
-    sampling, fewest, most = settings.sampling, settings.points[0], settings.points[-1]
-    sampling = "grid" if settings.task == "grid" else sampling
+    sampling = "grid" if settings.task == "grid" else settings.sampling
+    fewest, most = settings.points[0], settings.points[-1]
     if settings.rectangles:  # 100 are those of the codebook (S2)
         fixed = draw_rectangles(settings.rectangles, [settings.seed, 0])
         fixed_points = draw_points(sampling, fixed, fewest, np.random.default_rng([settings.seed, 2]))
@@ -416,7 +416,7 @@ def parse_arguments():
     add("--rectangles", type=count, help="train on so many rectangles (S2: 100); default: fresh ones at every step")
     add("--fixed-points", action="store_true", help="each of the --rectangles always with the same points (S2)")
     help = "patches per image of the sparse task: one number, or the fewest and the most, drawn for each batch"
-    add("--points", type=maskgit.at_least(2), nargs="+", help=help)
+    add("--points", type=maskgit.at_least(2), nargs="+", default=[24], help=help)
     add("--sampling", choices=("uniform", "edges", "cornerless"), default="uniform", help="where the points lie")
     add("--soft-targets", type=maskgit.at_least(0.0, float), default=0.0, help="width; near codes are nearly right")
     parser.add_shared_options("runs/rectangles_TASK")
@@ -429,7 +429,6 @@ def parse_arguments():
     settings = parser.parse_args()
     if settings.remedies and settings.task != "sparse":
         parser.error("--remedies are those of the sparse task")
-    settings.points = settings.points or ([24] if settings.rectangles or settings.remedies else [6, 96])
     if len(settings.points) > 2 or settings.points[-1] < settings.points[0]:
         parser.error("--points takes one number, or the fewest and the most")
     if settings.fixed_points and not settings.rectangles:
