@@ -3,14 +3,16 @@
     python benchmarks/on_policy.py --json results/squares_on_policy.json
     python benchmarks/on_policy.py --json results/squares_on_policy.json --variants "random masks" "share 0.5"
 
-The training masks of the default run with shares of 0 to 3/4 of the rows on-policy, and random masks alone. In place of on-policy rows the loss may be weighted, after PAPL (arXiv 2509.23405): in each row
-by 1 + T softmax(log-probability of the true token), where T is the number of its hidden tokens, which stresses what a
-confident order commits first; and the inverse, with the sign changed.
+The training masks of the default run with shares of 0 to 3/4 of the rows on-policy, and random masks alone. In place
+of on-policy rows the loss may be weighted, after PAPL (arXiv 2509.23405): in each row by 1 + T softmax(log-probability
+of the true token), where T is the number of its hidden tokens, which stresses what a confident order commits first; and
+the inverse, with the sign changed.
 
 Beside the scores of completions it measures their error step by step: the divergence between what the posterior and the
 model say of the tokens that a step commits, in nats per image. They add up to the KL divergence of all completions.
 And it counts the inputs that one square agrees with but four rectangles or more: equal sides alone decide. One model
-goes on to learn by heart the states that it visits, without any chance: is rarity all that it lacks? All variants take one and a half hours on two cores.
+goes on to learn by heart the states that it visits, without any chance: is rarity all that it lacks? All variants take
+one and a half hours on two cores.
 """
 
 import itertools
