@@ -94,8 +94,10 @@ def run(settings, prior, name, seed):
     training = train_squares.parse_arguments()
     training.steps, training.precision = settings.steps, maskgit.fast_precision(settings.device)
     maskgit.masked_cross_entropy = weighted_cross_entropy(sign) if sign else plain_cross_entropy
-    model, history = train_squares.train_model(training, prior, settings.device)
-    row = {"variant": name, "seed": seed, "seconds": history[-1]["seconds"]}
+    out = settings.out / f"{name}, seed {seed}, {settings.steps} steps"
+    training.resume = (out / "model.pt").exists()
+    model, _ = train_squares.train_model(training, prior, settings.device, out)
+    row = {"variant": name, "seed": seed}
     row["kl"] = train_squares.score(model, prior, "cosine", train_squares.TEST_COUNT, train_squares.TEST_SEED)["kl"]
     for given, (tokens, mask) in train_squares.completion_inputs(prior).items():
         order = {"order": maskgit.by_entropy}
@@ -131,6 +133,7 @@ def share_by_equal_sides(prior, kind):
 def main():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--json", type=Path, help="write the figures to this file, and a plot beside it")
+    parser.add_argument("--out", type=Path, default=Path("runs/on_policy"), help="of the models; if broken off, go on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=maskgit.at_least(1), default=3400, help="of each training")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
