@@ -979,7 +979,7 @@ class CommandLine(argparse.ArgumentParser):
             add(flag, type=count)
         add("--hidden", type=count, help="width of the MLPs, default 4 x dim")
         add("--batch-size", type=count, help="of all processes together")
-        add("--mask", help="hidden tokens: single, a schedule, a share, or several of them, as 0.2+cosine")
+        add("--mask", help="single, a schedule, a share, box, half, or several of them, as 0.2+cosine")
         add("--on-policy", type=share, default=0.0, help="share of a batch's rows that follow decode, step by step")
         add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
         add("--checkpoint-steps", type=count, help="write model.pt so often, besides every 5 minutes")
