@@ -1093,7 +1093,7 @@ def run_record():
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "command": " ".join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]]),
+        "command": shlex.join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]]),
         "commit": "unknown" if failed else commit,
         "machine": f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",

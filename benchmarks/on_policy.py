@@ -29,7 +29,6 @@ import train_squares
 MASK = "cosine+cosine+half+1"
 VARIANTS = {"random masks": ("cosine", 0, 0)} | {f"share {s:g}": (MASK, s, 0) for s in (0, 0.25, 0.5, 0.75)}
 VARIANTS |= {"PAPL": ("cosine", 0, 1), "inverse PAPL": ("cosine", 0, -1)}
-GIVEN = ("nothing", "left half", "right half", "top half", "bottom half", "random half")
 plain_cross_entropy = maskgit.masked_cross_entropy
 
 
@@ -73,10 +72,9 @@ def learn_by_heart(model, prior, device, steps):
     error of all steps together: before; after, in these same states; and after, in those it visits then."""
     everything = torch.ones_like(prior, dtype=torch.bool)
     states = visited(model, prior, everything, device)
-    coords, (tokens, mask) = (
-        train_squares.pixel_coords(prior),
-        (torch.cat(parts) for parts in zip(*((prior[b.any(dim=1)], b[b.any(dim=1)]) for b, _ in states), strict=True)),
-    )
+    mask = torch.cat([before for before, _ in states])
+    unfinished, coords = mask.any(dim=1), train_squares.pixel_coords(prior)
+    tokens, mask = prior.repeat(len(states), 1)[unfinished], mask[unfinished]
     result = {"states": len(tokens.masked_fill(mask, model.mask_id).unique(dim=0))}
     result["before"] = sum(error_by_step(model, prior, prior, states, device))
     options = {"lr": 4e-3, "optimizer": "muon", "weight_decay": 0.0, "warmup": 10, "log_steps": steps}
@@ -145,10 +143,17 @@ def main():
         found = rows[-3:]
         line = [" ".join(f"{row['kl']:.4f}" for row in found)]
         line += [" ".join(f"{row['nothing']['total_variation']:.3f}" for row in found)]
-        line += [" ".join(f"{row[given]['valid']:.1%}" for row in found) for given in GIVEN]
+        line += [
+            " ".join(f"{row[given]['valid']:.1%}" for row in found) for given in train_squares.completion_inputs(prior)
+        ]
         table.append([name, *line])
         print(*table[-1], sep="  ", file=sys.stderr, flush=True)
-    head = ["training", "KL, cosine masks", "TV from nothing", *(f"valid, given {given}" for given in GIVEN)]
+    head = [
+        "training",
+        "KL, cosine masks",
+        "TV from nothing",
+        *(f"valid, given {given}" for given in train_squares.completion_inputs(prior)),
+    ]
     maskgit.print_table(head, table)
     kinds = {kind: share_by_equal_sides(prior, kind) for kind in ("cosine", "half")}
     print("certain by equal sides alone:", ", ".join(f"{share:.2%} of {kind} masks" for kind, share in kinds.items()))
