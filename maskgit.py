@@ -23,10 +23,8 @@ import platform
 import random
 import re
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -38,7 +36,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def require_choice(what, value, choices):
@@ -71,11 +68,7 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
         raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
     if min(k, restarts, max_iter) < 1:
         raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
-    looked_at, distinct = 0, 0
-    while distinct < k and looked_at < len(points):  # no more of them than it takes
-        looked_at = min(len(points), max(2 * k, 2 * looked_at))
-        distinct = len(np.unique(points[:looked_at], axis=0))
-    if distinct < k:
+    if (distinct := len(np.unique(points, axis=0))) < k:
         raise ValueError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
@@ -113,7 +106,8 @@ def lloyd(points, centroids, max_iter, tol):
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
-            moved[empty] = points[squared_distances(points, centroids, labels).argsort()[-len(empty) :]]
+            distances = np.square(points - centroids[labels]).sum(axis=1)
+            moved[empty] = points[distances.argsort()[-len(empty) :]]
         shift = np.square(moved - centroids).sum()
         centroids, before = moved, labels
         labels = nearest_centroid(points, centroids)
@@ -121,7 +115,8 @@ def lloyd(points, centroids, max_iter, tol):
         sums += cluster_sums(points[changed], labels[changed], k) - cluster_sums(points[changed], before[changed], k)
         if shift <= enough:
             break
-    return KMeansResult(centroids, labels, float(squared_distances(points, centroids, labels).sum()), iteration)
+    inertia = np.square(points - centroids[labels]).sum(dtype=np.float64)
+    return KMeansResult(centroids, labels, float(inertia), iteration)
 
 
 def nearest_centroid(points, centroids, block=1024):
@@ -143,11 +138,6 @@ def nearest_centroid(points, centroids, block=1024):
 def cluster_sums(points, labels, k):
     """The sum of each cluster's points (N, D): (k, D) float64."""
     return np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)
-
-
-def squared_distances(points, centroids, labels):
-    """Of each point (N, D) to the centroid that its label names: (N,) float64."""
-    return sum(np.square(x - c[labels], dtype=np.float64) for x, c in zip(points.T, centroids.T, strict=True))
 
 
 class PatchTokenizer:
@@ -625,9 +615,9 @@ def evaluation_mode(model):
 
 def train(
     model, batch, *, steps, seed=0, accumulate=1, every_position=False, soft_targets=None, optimizer="adamw", lr=1e-3,
-    betas=(0.9, 0.95), weight_decay=0.01, warmup=100, decay="linear", clip=1.0, ema=0.0, precision="float32",
-    compile=False, on_policy=0.0, policy=by_entropy, validate=None, best_by=None, log_steps=100, out=None,
-    tokenizer=None, config=None, checkpoint_steps=None, resume=False,
+    betas=(0.9, 0.95), weight_decay=0.01, warmup=100, decay="linear", clip=1.0, precision="float32", compile=False,
+    on_policy=0.0, policy=by_entropy, validate=None, best_by=None, log_steps=100, out=None, tokenizer=None, config=None,
+    checkpoint_steps=None, resume=False,
 ):  # fmt: skip
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
@@ -635,57 +625,53 @@ def train(
     the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
     process takes its share of the rows; accumulate=n works through them in n parts. The gradient is always that of the
     mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it). soft_targets (K, K)
-    holds the distribution to predict in place of each code. ema > 0 validates and saves a moving average of weights.
+    holds the distribution to predict in place of each code.
 
     The last rows of a batch, a share of on_policy, show what decode visits. They start as batch() has them. A row that
     is not finished comes back in the next batch, and the tokens that the policy, an order at its own pace, commits by
-    the pass just made are then visible, with their true values.
+    the pass just made are then visible, with their true values. All coordinates must be the same, (T, 2).
 
-    out is a folder for model.pt, written every checkpoint_steps steps or five minutes, and log.csv, with a row every
+    out is a folder for model.pt, written every checkpoint_steps steps or two minutes, and log.csv, with a row every
     log_steps steps to which validate(model) -> dict of floats may add columns. In the end the model is the last one, or
     the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if config, plain values that are
-    saved, is the same. Ctrl-C finishes the step and saves; a second run with the same out is refused; a loss that is no
-    longer finite raises ValueError. In each case the last checkpoint stays whole.
+    saved, is the same. ValueError if the loss is no longer finite, or if another run writes to the same out. However a
+    run ends, the last checkpoint stays whole.
     """
-    device, (rank, world), out = next(model.parameters()).device, process_rank(), out and Path(out)
-    run = Run(model, make_optimizers(model, optimizer, lr, betas, weight_decay), ema, best_by)
+    device, (rank, world) = next(model.parameters()).device, process_rank()
+    run = Run(model, make_optimizers(model, optimizer, lr, betas, weight_decay), best_by, out)
     if resume:
-        run.resume(out / "model.pt", config, device)
+        run.resume(config, device)
     network = torch.compile(model) if compile else model
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     model.train()
-    with only_writer(out if rank == 0 else None), delayed_interrupt(device) as interrupted:
-        while not (stopped := interrupted()) and run.step < steps:
-            torch.manual_seed(step_seed(seed, run.step, rank))  # dropout, too, depends on the step alone
-            tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
-            if on_policy:
-                tokens, mask, coords = run.go_on(round((1 - on_policy) * len(tokens)), tokens, mask, coords)
-            inputs, counted = tokens.masked_fill(mask, model.mask_id), torch.ones_like(mask) if every_position else mask
-            targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
-            with precision_context(device, precision):
-                look = functools.partial(run.visit, policy, coords) if on_policy else None
-                loss = backward(network, inputs, targets, counted, coords, accumulate, look)
-            if on_policy and world > 1:  # each process has seen its rows
-                torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
-            run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
-            if rank == 0:
-                run.print_progress(steps)
-                last = run.step == steps
-                if last or run.step % log_steps == 0:
-                    run.log(validate, out)
-                if last or run.step % (checkpoint_steps or math.inf) == 0 or time.monotonic() - run.saved > 300:
-                    run.save(out, tokenizer, config)
-        if stopped and rank == 0:
-            run.save(out, tokenizer, config)
+    while run.step < steps:
+        torch.manual_seed(step_seed(seed, run.step, rank))  # dropout, too, depends on the step alone
+        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
+        look = None
+        if count := round(on_policy * len(tokens)):
+            tokens, mask = run.go_on(count, tokens, mask, coords)
+            look = functools.partial(run.visit, policy, coords, len(tokens))
+        inputs, counted = tokens.masked_fill(mask, model.mask_id), torch.ones_like(mask) if every_position else mask
+        targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
+        with precision_context(device, precision):
+            loss = backward(network, inputs, targets, counted, coords, accumulate, look)
+        if look and world > 1:  # each process has seen its rows
+            torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
+        run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
+        if rank == 0:
+            last = run.step == steps
+            run.print_progress(steps)
+            if last or run.step % log_steps == 0:
+                run.log(validate)
+            if last or run.step % (checkpoint_steps or math.inf) == 0 or time.monotonic() - run.saved > 120:
+                run.save(tokenizer, config)
     if world > 1:
         time.sleep(0.5)  # destroying the group holds the interpreter's lock, which Gloo's threads need once more
         del network
         torch.distributed.destroy_process_group()
-    if stopped:
-        raise KeyboardInterrupt
-    model.load_state_dict((run.best or run.current).state_dict())
+    model.load_state_dict((run.best or model).state_dict())
     model.eval()
     return run.history
 
@@ -716,37 +702,36 @@ def backward(network, inputs, targets, counted, coords, accumulate, look=None):
 class Run:
     """The state of a training: all that a resumed one needs to go on to the very same weights."""
 
-    def __init__(self, model, optimizers, ema, best_by):
-        self.model, self.optimizers, self.best_by = model, optimizers, best_by
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
-        self.current = self.average.module if ema else model  # what is validated
+    def __init__(self, model, optimizers, best_by, out):
+        self.model, self.optimizers, self.best_by, self.path = model, optimizers, best_by, out and Path(out, "model.pt")
         self.best = None  # the model whose column `best_by` was the lowest
         self.step, self.seconds, self.history, self.loss_sum = 0, 0.0, [], 0.0  # the sum: since the last row of history
-        self.first, self.visited = 0, None  # the first on-policy row; tokens, mask and coordinates of all of them
+        self.visited = None  # tokens and mask of the on-policy rows
         self.started = self.printed = self.saved = time.monotonic()
-        self.gradient_norm = 0.0
+        if out:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.found = self.written()
 
-    def go_on(self, first, tokens, mask, coords):
-        """The batch, with the on-policy rows that are not finished in the place of its own ones from `first` on."""
-        parts = [tokens, mask] if coords.ndim == 2 else [tokens, mask, coords]
+    def go_on(self, count, tokens, mask, coords):
+        """The batch, the last `count` rows being those on-policy rows that are not finished, or its own."""
+        visited = [part[-count:].clone() for part in (tokens, mask)]
+        if coords.ndim == 3 or (self.visited and self.visited[1].shape != visited[1].shape):
+            raise ValueError("on-policy rows come back in the next batch: all need one shape and the same coordinates")
         if self.visited:
-            if self.visited[1].shape != mask[first:].shape:
-                raise ValueError("on-policy rows come back in the next batch, so all batches must have one shape")
-            rows = self.visited[1].any(dim=1).nonzero()[:, 0]
-            parts = [new.index_copy(0, first + rows, old[rows]) for new, old in zip(parts, self.visited, strict=True)]
-        self.first, self.visited = first, [part[first:].clone() for part in parts]
-        return parts if coords.ndim == 3 else [*parts, coords]
+            unfinished = self.visited[1].any(dim=1, keepdim=True)
+            visited = [torch.where(unfinished, *parts) for parts in zip(self.visited, visited, strict=True)]
+        self.visited = visited
+        return (torch.cat([new[:-count], old]) for new, old in zip((tokens, mask), visited, strict=True))
 
-    def visit(self, policy, coords, rows, logits):
+    def visit(self, policy, coords, batch_size, rows, logits):
         """Uncover what the policy commits next by these logits, in the on-policy ones of the batch's rows."""
-        on_policy = rows >= self.first
-        rows, logits, mask = rows[on_policy], logits[on_policy], self.visited[1]
-        image, place = mask[rows - self.first].nonzero(as_tuple=True)
-        at = coords.expand(self.first + len(mask), -1, -1)[rows]
-        left = (mask[rows - self.first].sum(dim=1) - 1).clamp(min=0)
-        log_probs = logits[image, place].log_softmax(dim=-1)
-        commits = policy(Step(log_probs, None, image, place, at, left, 1, 1, None, {}))
-        mask[rows[image] - self.first, place] = ~commits
+        mask = self.visited[1]
+        rows = rows - (batch_size - len(mask))
+        rows, logits = rows[rows >= 0], logits[rows >= 0]
+        image, place = mask[rows].nonzero(as_tuple=True)
+        log_probs, left = logits[image, place].log_softmax(dim=-1), mask[rows].sum(dim=1) - 1
+        at = coords.expand(len(rows), -1, -1)
+        mask[rows[image], place] = ~policy(Step(log_probs, None, image, place, at, left, 1, 1, None, {}))
 
     def update(self, loss, clip, lr):
         """Step with the gradients at hand."""
@@ -756,8 +741,6 @@ class Run:
                 group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-        if self.average:
-            self.average.update_parameters(self.model)
         self.step, self.loss_sum, self.lr = self.step + 1, self.loss_sum + loss, lr
         self.seconds = time.monotonic() - self.started
 
@@ -779,50 +762,52 @@ class Run:
             end = "\r" if terminal and not last else "\n"
             print(f"{line}{minutes}:{seconds:02d} left   ", end=end, file=sys.stderr, flush=True)
 
-    def log(self, validate, out):
+    def log(self, validate):
         """Add a row to history, with the figures of the validated model, and write log.csv."""
         self.require_finite()
         row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2), lr=self.lr)
         row |= dict(gradient_norm=float(self.gradient_norm))
-        with torch.no_grad(), evaluation_mode(self.current):
-            row |= validate(self.current) if validate else {}
+        with torch.no_grad(), evaluation_mode(self.model):
+            row |= validate(self.model) if validate else {}
         self.history.append(row)
         self.loss_sum = 0.0
         if self.best_by and row[self.best_by] <= min(past[self.best_by] for past in self.history):
-            self.best = copy.deepcopy(self.current)
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
+            self.best = copy.deepcopy(self.model)
+        if self.path:
             lines = [",".join(row), *(",".join(map(str, past.values())) for past in self.history)]
-            (out / "log.csv").write_text("\n".join(lines) + "\n")
+            self.path.with_name("log.csv").write_text("\n".join(lines) + "\n")
 
-    def save(self, out, tokenizer, config):
+    def written(self):
+        """When the checkpoint was written; None if there is none."""
+        return self.path.stat().st_mtime_ns if self.path and self.path.exists() else None
+
+    def save(self, tokenizer, config):
         self.require_finite()
         progress = {name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history", "visited")}
-        training = dict(
-            progress=progress, model=self.model.state_dict(), average=self.average and self.average.state_dict()
-        )
-        training["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        belongings = dict(tokenizer=tokenizer, config=config, step=self.step, training=training)
-        if out:
-            save_checkpoint(out / "model.pt", self.best or self.current, **belongings)
-        self.saved = time.monotonic()
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        training = dict(progress=progress, model=self.model.state_dict(), optimizers=optimizers)
+        if self.path:
+            if self.written() not in (None, self.found):
+                raise ValueError(f"another run has written {self.path}; --out renames")
+            belongings = dict(tokenizer=tokenizer, config=config, step=self.step, training=training)
+            save_checkpoint(self.path, self.best or self.model, **belongings)
+        self.found, self.saved = self.written(), time.monotonic()
 
-    def resume(self, path, config, device):
-        """Go on where the run at `path` stopped; ValueError if that run had another config."""
-        checkpoint = load_checkpoint(path, device)
+    def resume(self, config, device):
+        """Go on where the run that wrote the checkpoint stopped; ValueError if that had another config."""
+        checkpoint = load_checkpoint(self.path, device)
         before, now, saved = checkpoint["config"] or {}, config or {}, checkpoint["training"]
         for name in sorted(before.keys() | now.keys()):
             if (was := before.get(name)) != now.get(name):
-                raise ValueError(f"{path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
+                raise ValueError(f"{self.path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
         try:
             vars(self).update(saved["progress"])
             self.best = checkpoint["model"] if self.best_by and self.history else None
-            states = [saved["model"], *saved["optimizers"], *([saved["average"]] if self.average else [])]
-            parts = [self.model, *self.optimizers, *([self.average] if self.average else [])]
-            for part, state in zip(parts, states, strict=True):
+            states = [saved["model"], *saved["optimizers"]]
+            for part, state in zip([self.model, *self.optimizers], states, strict=True):
                 part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no training that fits this run: {error}".splitlines()[0]) from None
+            raise ValueError(f"{self.path} holds no training that fits this run: {error}".splitlines()[0]) from None
         self.started -= self.seconds
 
 
@@ -863,50 +848,6 @@ def precision_context(device, precision):
 def process_rank():
     """(rank, number of processes) as torchrun says; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextlib.contextmanager
-def delayed_interrupt(device):
-    """Gives a function that says whether Ctrl-C was pressed inside the block, in any of the processes: all learn it at
-    the same step, and can finish that. A second Ctrl-C interrupts at once."""
-    pressed, before = threading.Event(), signal.getsignal(signal.SIGINT)
-
-    def interrupted():
-        flag = torch.tensor(float(pressed.is_set()))
-        if process_rank()[1] > 1:
-            torch.distributed.all_reduce(flag := flag.to(device))
-        return bool(flag)
-
-    with contextlib.ExitStack() as at_the_end:
-        if threading.current_thread() is threading.main_thread():  # only there may signals be handled
-            signal.signal(signal.SIGINT, lambda *_: (pressed.set(), signal.signal(signal.SIGINT, before)))
-            at_the_end.callback(signal.signal, signal.SIGINT, before)
-        yield interrupted
-
-
-@contextlib.contextmanager
-def only_writer(folder):
-    """ValueError if another run is inside the block with the same folder; None is nobody's."""
-    if folder is None or sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # of a file system without locks
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it up however the process ends
-            except BlockingIOError:
-                raise ValueError(f"another run is writing to {folder}; --out renames") from None
-        yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # which is not empty: the usual case
-            for path in made:
-                path.rmdir()
 
 
 def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
@@ -968,7 +909,7 @@ class CommandLine(argparse.ArgumentParser):
     def add_shared_options(self, out):
         """What all scripts have; each sets the defaults of its model and training."""
         add, count = self.add_argument_group("run, model and training").add_argument, at_least(1)
-        amount, share = at_least(0.0, float), at_least(0.0, float, below=1.0)
+        share = at_least(0.0, float, below=1.0)
         add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
         add("--json", type=Path, help="write the figures to this file as well")
         add("--resume", action="store_true", help="go on with the run in --out")
@@ -982,22 +923,17 @@ class CommandLine(argparse.ArgumentParser):
         add("--mask", help="single, a schedule, a share, box, half, or several of them, as 0.2+cosine")
         add("--on-policy", type=share, default=0.0, help="share of a batch's rows that follow decode, step by step")
         add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
-        add("--checkpoint-steps", type=count, help="write model.pt so often, besides every 5 minutes")
-        add("--lr", type=amount)
+        add("--checkpoint-steps", type=count, help="write model.pt so often, besides every two minutes")
+        add("--lr", type=at_least(0.0, float))
         add("--warmup", type=at_least(0), default=100)
-        add("--weight-decay", type=amount, default=0.0)
-        add("--clip", type=amount, default=1.0, help="largest norm of the gradient")
         add("--dropout", type=share, default=0.0)
-        add("--ema", type=share, default=0.0, help="decay of a moving average of the weights")
         add("--optimizer", choices=("adamw", "muon"), default="muon")
-        add("--decay", choices=("constant", "linear", "cosine"), default="linear")
         add("--precision", choices=("auto", "float32", "bf16"), default="auto")
-        add("--norm", choices=("pre", "post"), default="pre")
         add("--head", choices=("tied", "cosine", "linear"), default="linear")
-        add("--positions", choices=("split", "printed"), default="split")
-        add("--learn-temperature", action="store_true", help="of the cosine head")
         add("--rotary", action=argparse.BooleanOptionalAction, default=True, help="attention sees relative positions")
         add("--compile", action="store_true", help="torch.compile")
+        self.set_defaults(norm="pre", positions="split", learn_temperature=False)
+        self.set_defaults(decay="linear", clip=1.0, weight_decay=0.0)
 
 
 def at_least(low, kind=int, below=None):
@@ -1023,13 +959,13 @@ def run_as_script(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; if training had begun, --resume goes on", file=sys.stderr)
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
 def keep_freed_memory():
-    """Let the C library keep what is freed. A training step on a CPU soon needs as much again, and pages that the
-    system hands out anew are cleared first. Without glibc nothing happens."""
+    """Let the C library (glibc) keep what is freed: a training step on a CPU soon needs as much again, and pages that
+    the system hands out anew are cleared first."""
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
@@ -1147,10 +1083,10 @@ def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
 
 
 def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, log_y=False):
-    """A line chart of curves {label: (x values, y values)} and dashed levels, references {label: y}, such as a limit,
-    as a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
+    """A line chart of curves {label: (x values, y values)} and thin levels, references {label: y}, such as a limit, as
+    a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
+    font, lines = ImageFont.load_default(26), {}
     levels = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
-    lines = {}
     for label, curve in curves.items():
         points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x + y)]
         lines[label] = [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]
@@ -1158,11 +1094,10 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     points = sum(lines.values(), [])
     if not points:
         raise ValueError(f"nothing to plot in {title!r}")
-    font = ImageFont.load_default(26)
     left, top, bottom = 160, 120, 960  # drawn at twice the size: smooth lines
-    right = min(1300, 1680 - max(font.getlength(label) for label in [*lines, *levels]))
+    right = min(1300, 1680 - max(map(font.getlength, [*lines, *levels])))
     x_at, x_ticks = axis([x for x, _ in points], left, right, log_x)
-    y_at, y_ticks = axis([y for _, y in points] + list(levels.values()), bottom - 24, top, log_y)
+    y_at, y_ticks = axis([*(y for _, y in points), *levels.values()], bottom - 24, top, log_y)
     sheet = Image.new("RGB", (1800, 1100), "white")
     draw = ImageDraw.Draw(sheet)
     for tick in x_ticks:
@@ -1175,35 +1110,32 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     draw.text((left, 36), title, fill=INK, font=ImageFont.load_default(34), anchor="lm")
     draw.text((left, 90), y_label, fill=INK, font=font, anchor="lm")
     draw.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
-    for i, label in enumerate([*lines, *levels]):
-        colour, legend = COLOURS[i % len(COLOURS)], top + 20 + 44 * i
+    paths = {label: [(x_at(x), y_at(y)) for x, y in line] for label, line in lines.items()}
+    paths |= {label: [(left, y_at(y)), (right, y_at(y))] for label, y in levels.items()}
+    for i, (label, path) in enumerate(paths.items()):
+        colour, width, legend = COLOURS[i % len(COLOURS)], 3 if label in levels else 5, top + 20 + 44 * i
+        draw.line(path, fill=colour, width=width, joint="curve")
+        draw.line([(right + 30, legend), (right + 90, legend)], fill=colour, width=width)
         draw.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
-        if label in lines:
-            draw.line([(x_at(x), y_at(y)) for x, y in lines[label]], fill=colour, width=5, joint="curve")
-            draw.line([(right + 30, legend), (right + 90, legend)], fill=colour, width=5)
-            continue
-        for y, start, end in ((y_at(levels[label]), left, right), (legend, right + 30, right + 90)):
-            for x in np.arange(start, end, 24):
-                draw.line([(x, y), (min(x + 14, end), y)], fill=colour, width=4)
     return sheet.resize((900, 550), Image.Resampling.LANCZOS)
 
 
 def axis(values, start, end, log):
-    """Where a value lies between the pixels `start` and `end`, and three to seven round values; on a log axis powers of
-    ten, or those times 1, 2 and 5, if there are three."""
+    """Where a value lies between the pixels `start` and `end`, and some round values: about one to three a decade on a
+    log axis, or else three to six."""
     low, high = min(values), max(values)
     if low == high:  # a range of some width, whatever there is to show
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
     scale = math.log10 if log else float
+    if log and high > 10 * low:
+        factors = (1, 2, 5) if high < 1000 * low else (1,)
+        ticks = [10.0**power * factor for power in range(-12, 13) for factor in factors]
+    else:
+        step = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
+        ticks = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
     def position(value):
         return start + (scale(value) - scale(low)) / (scale(high) - scale(low)) * (end - start)
 
-    for factors in ((1,), (1, 2, 5)) if log else ():
-        ticks = [10.0**power * factor for power in range(-12, 13) for factor in factors]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
-            return position, ticks
-    step = 10.0 ** math.floor(math.log10((high - low) / 3))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
-    return position, [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return position, [tick for tick in ticks if low <= tick <= high]

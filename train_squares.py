@@ -6,7 +6,6 @@ best possible answer to every question can be computed.
     python train_squares.py --resume                         go on with an interrupted run
     python train_squares.py --completions                    every order of decoding, with the trained model; and with
                                                              a FILE of your own: README.md, "Your own order"
-    python train_squares.py --ablation                       why S1's recipe failed, suspect by suspect
 
 The default run ends 0.0011 to 0.0012 nats per hidden pixel from the exact posterior (five seeds), after 4 minutes on
 two cores of an AMD EPYC server (results/squares.json).
@@ -14,7 +13,6 @@ two cores of an AMD EPYC server (results/squares.json).
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (--out).
 """
 
-import argparse
 import functools
 import itertools
 import math
@@ -132,14 +130,6 @@ def score(model, prior, kind, count, seed):
     accuracy = truth.gather(-1, log_probs.argmax(dim=-1, keepdim=True)).mean().item()
     result = {"cross_entropy": cross_entropy, "limit": limit, "kl": cross_entropy - limit}
     return result | {"accuracy": accuracy, "posterior_accuracy": truth.amax(dim=-1).mean().item()}
-
-
-def cosine_head_limit(prior, kind, count):
-    """The lowest expected cross-entropy that two cosine similarities allow. They differ by at most 2, so the best
-    is the posterior kept within sigmoid(-2) .. sigmoid(2)."""
-    white = test_set(prior, kind, count, TEST_SEED)[2]
-    least = torch.sigmoid(torch.tensor(-2.0))
-    return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,7 +313,7 @@ def train_model(settings, prior, device, out=None):
         result = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
         return {"cross_entropy": result["cross_entropy"]}
 
-    batch, may_change = make_batch(prior, settings), ("preset", "completions", "ablation", "draws")
+    batch, may_change = make_batch(prior, settings), ("preset", "completions", "draws")
     return maskgit.train_as_set(settings, 2, batch, device, out=out, may_change=may_change, validate=validate)
 
 
@@ -367,7 +357,7 @@ def run(settings):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Comparisons
+# All orders compared
 
 
 def run_completions(settings):
@@ -392,52 +382,6 @@ def run_completions(settings):
     print_completions(shown)
 
 
-# S1's recipe at a width a CPU manages, and its repairs.
-S1_RECIPE = {"norm": "post", "warmup": 0, "head": "cosine", "learn_temperature": False, "positions": "printed"}
-REPAIRS = {
-    "temperature": {"learn_temperature": True},
-    "linear head": {"head": "linear"},
-    "positions": {"positions": "split"},
-    "pre-norm, warm-up": {"norm": "pre", "warmup": 100},
-}
-
-
-def ablation_variants():
-    """{name: settings}: S1's recipe, each repair alone, all of them, and all but one."""
-    every = functools.reduce(dict.__or__, (repair for name, repair in REPAIRS.items() if name != "linear head"))
-    variants = {"S1": {}} | {f"S1 + {name}": repair for name, repair in REPAIRS.items()} | {"all repairs": every}
-    for name in ("temperature", "positions", "pre-norm, warm-up"):
-        variants[f"all but {name}"] = {key: value for key, value in every.items() if key not in REPAIRS[name]}
-    return variants
-
-
-def run_ablation(settings):
-    """S1's recipe and its repairs, three seeds each; writes ablation.json and ablation.png to --out."""
-    device = maskgit.pick_device(settings.device)
-    settings.precision = maskgit.fast_precision(device) if settings.precision == "auto" else settings.precision
-    prior = all_squares(settings.grid, settings.min_side, settings.max_side)
-    rows, curves, table = [], {}, []
-    for name, repair in ablation_variants().items():
-        for seed in range(settings.seed, settings.seed + 3):
-            varied = argparse.Namespace(**vars(settings) | ABLATION | S1_RECIPE | repair | {"seed": seed})
-            model, history = train_model(varied, prior, device)
-            result = score(model, prior, settings.mask, TEST_COUNT, TEST_SEED)
-            curve = [row["cross_entropy"] for row in history]
-            rows.append({"variant": name, "seed": seed, **result, "curve": curve})
-            print(f"{name}, seed {seed}: {result['cross_entropy']:.4f}", flush=True)
-        steps, found = [row["step"] for row in history], [row["cross_entropy"] for row in rows[-3:]]
-        curves[name] = (steps, np.mean([row["curve"] for row in rows[-3:]], axis=0))
-        table.append([name, *(f"{value:.4f}" for value in (np.mean(found), min(found), max(found)))])
-    references = {"cosine head's best": cosine_head_limit(prior, settings.mask, TEST_COUNT)}
-    references |= {"exact posterior": rows[0]["limit"]}
-    figures = {"logged_steps": steps, "references": references, "runs": rows}
-    maskgit.write_figures(settings, figures, settings.out / "ablation.json", settings.json)
-    labels = {"x_label": "updates", "y_label": "cross-entropy on unseen masks, nats per hidden pixel"}
-    labels |= {"title": "S1's recipe and its repairs, mean of three seeds"}
-    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(settings.out / "ablation.png")
-    maskgit.print_table(["variant", "cross-entropy", "lowest", "highest"], table)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
@@ -451,9 +395,6 @@ POST1 |= dict(min_side=2, max_side=5, presentations=1, batch_size=126)
 POST2 = dict(dim=640, hidden=1600, head="linear", positions="split", mask="0.2")
 POST2 |= dict(min_side=1, max_side=4, presentations=40, batch_size=174)
 PRESETS = {"post1": REPORTED | POST1, "post2": REPORTED | POST2}
-# The ablation's size and budget, alike for all variants.
-ABLATION = REPORTED | dict(dim=64, hidden=256, layers=4, heads=4, lr=1e-3)
-ABLATION |= dict(batch_size=126, presentations=1, mask="cosine")
 
 
 def parse_arguments():
@@ -462,7 +403,6 @@ def parse_arguments():
     add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     help = "compare all decoding orders with the model in --out, and those of a Python file's dict ORDERS"
     add("--completions", metavar="FILE", nargs="?", const="", help=help)
-    add("--ablation", action="store_true", help="S1's recipe and its repairs, three seeds each")
     add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind a count, default %(default)s")
     add = parser.add_argument_group("images").add_argument
     add("--grid", type=count, default=8, help="pixels per side")
@@ -478,19 +418,13 @@ def parse_arguments():
     if settings.steps is None:
         images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
         shown = (settings.epochs or 0) * settings.presentations * images
-        # An epoch of S1 is one update, so the ablation's 500 are 500 epochs.
-        settings.steps = math.ceil(shown / settings.batch_size) or (500 if settings.ablation else 3400)
+        settings.steps = math.ceil(shown / settings.batch_size) or 3400
     return settings
 
 
 def main():
     settings = parse_arguments()
-    if settings.ablation:
-        run_ablation(settings)
-    elif settings.completions is not None:
-        run_completions(settings)
-    else:
-        run(settings)
+    (run if settings.completions is None else run_completions)(settings)
 
 
 if __name__ == "__main__":

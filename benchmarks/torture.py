@@ -126,7 +126,7 @@ def disturb(folder):
     process.send_signal(signal.SIGINT)
     line = process.communicate()[1].splitlines()[-1]
     step = load_checkpoint(folder / "long" / "model.pt")["step"]
-    found["Ctrl-C: saved, one line, exit code 130"] = process.returncode == 130 and step > 0 and "--resume" in line
+    found["Ctrl-C: one line, exit code 130, resumable"] = process.returncode == 130 and step > 0 and "--resume" in line
     return found
 
 
