@@ -662,6 +662,8 @@ def train(
         run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
         if rank == 0:
             last = run.step == steps
+            if out:
+                run.path.parent.mkdir(parents=True, exist_ok=True)
             run.print_progress(steps)
             if last or run.step % log_steps == 0:
                 run.log(validate)
@@ -708,8 +710,6 @@ class Run:
         self.step, self.seconds, self.history, self.loss_sum = 0, 0.0, [], 0.0  # the sum: since the last row of history
         self.visited = None  # tokens and mask of the on-policy rows
         self.started = self.printed = self.saved = time.monotonic()
-        if out:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
         self.found = self.written()
 
     def go_on(self, count, tokens, mask, coords):

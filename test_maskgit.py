@@ -19,7 +19,6 @@ import random
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -643,6 +642,11 @@ def growing_batch(step):
     return tokens, tokens == 0, grid_coords(1, 4 + step)
 
 
+def batch_at_own_coords(step):
+    tokens, mask, coords = striped_batch(step)
+    return tokens, mask, coords.expand(24, 9, 2)
+
+
 NO_NUMBERS = torch.full((6, 16, 5), math.nan)
 ROWS = np.random.default_rng(0).random((9, 3))
 REFUSED = [
@@ -678,7 +682,8 @@ REFUSED = [
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
     ("cannot be split", lambda: train(tiny_model(codes=2), striped_batch, steps=1, accumulate=25)),
     ("needs the coordinates", lambda: training_mask((6, 100), "0.2+half")),
-    ("must have one shape", lambda: train(tiny_model(codes=2), growing_batch, steps=2, on_policy=0.5)),
+    ("need one shape", lambda: train(tiny_model(codes=2), growing_batch, steps=2, on_policy=0.5)),
+    ("the same coordinates", lambda: train(tiny_model(codes=2), batch_at_own_coords, steps=1, on_policy=0.5)),
     ("adamw, muon", lambda: train(tiny_model(codes=2), striped_batch, steps=1, optimizer="sgd")),
     ("constant, linear, cosine", lambda: train(tiny_model(codes=2), striped_batch, steps=1, decay="step")),
     ("nothing to plot", lambda: maskgit.line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
@@ -795,30 +800,20 @@ def test_soft_targets_are_what_training_aims_at():
     assert (hard - even).abs().max() > 1e-3
 
 
-def test_moving_average_is_what_comes_out(tmp_path):
-    options = {"decay": "constant", "warmup": 0}
-    first, second, third = (trained(steps=steps, **options)[0] for steps in (1, 2, 3))
-    found, _ = trained(steps=3, ema=0.8, out=tmp_path, **options)
-    torch.testing.assert_close(found, 0.8 * (0.8 * first + 0.2 * second) + 0.2 * third, rtol=0, atol=1e-6)
-    assert torch.equal(saved_weights(tmp_path), found)
-
-
-@pytest.mark.parametrize("own_coords", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 5])
-def test_on_policy_rows_are_what_decode_visits(own_coords, accumulate):
+def test_on_policy_rows_are_what_decode_visits(accumulate):
     """With a model that stays as it is: row by row the states of decode, told the true values, and then a new image."""
     model, order, inputs = tiny_model(codes=2), functools.partial(maskgit.by_entropy, budget=1.5), []
 
     def batch(step):
-        tokens, coords = torch.randint(2, (24, 9), generator=seeded(step)), grid_coords(3, 3)
-        coords = coords + torch.arange(24)[:, None, None] + step if own_coords else coords
-        return tokens, random_mask(tokens.shape, 0.6, seeded(step)), coords
+        tokens = torch.randint(2, (24, 9), generator=seeded(step))
+        return tokens, random_mask(tokens.shape, 0.6, seeded(step)), grid_coords(3, 3)
 
     def visited(row):
         step = 0
         while step < 9:
             tokens, mask, coords = batch(step)
-            tokens, mask, coords = tokens[[row]], mask[[row]], coords.expand(24, 9, 2)[[row]]
+            tokens, mask = tokens[[row]], mask[[row]]
             trace = [(tokens.masked_fill(mask, 2), mask)]
 
             def told(visit, tokens=tokens):
@@ -826,25 +821,24 @@ def test_on_policy_rows_are_what_decode_visits(own_coords, accumulate):
                 return order(visit)
 
             decode(model.eval(), tokens, mask, coords, steps=9, order=told, trace=trace)
-            yield from ((state, coords) for state, _ in trace[:-1])
+            yield from (state[0] for state, _ in trace[:-1])
             step += len(trace) - 1
 
-    with model.register_forward_pre_hook(lambda _, args: inputs.append([args[0], args[1].expand(*args[0].shape, 2)])):
+    with model.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
         train(model, batch, steps=9, lr=0.0, on_policy=0.25, policy=order, accumulate=accumulate)
-    shown, at = (torch.cat(parts).view(9, 24, 9, -1) for parts in zip(*inputs, strict=True))
+    shown = torch.cat(inputs).view(9, 24, 9)
     for step in range(9):
         tokens, mask, _ = batch(step)
-        assert torch.equal(shown[step, :18, :, 0], tokens.masked_fill(mask, 2)[:18])
+        assert torch.equal(shown[step, :18], tokens.masked_fill(mask, 2)[:18])
     for row in range(18, 24):
-        for step, (state, coords) in zip(range(9), visited(row), strict=False):
-            assert torch.equal(shown[step, row, :, 0], state[0]), (row, step)
-            assert torch.equal(at[step, row], coords[0])
+        for step, state in zip(range(9), visited(row), strict=False):
+            assert torch.equal(shown[step, row], state), (row, step)
 
 
 ON_POLICY = {"on_policy": 0.5, "accumulate": 3}
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "optimizer": "muon", "accumulate": 3}, ON_POLICY])
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "accumulate": 3}, ON_POLICY])
 def test_resumed_run_is_bit_identical(options, tmp_path):
     """With dropout, after a run that broke off between two checkpoints and two rows of the log."""
     options = {"log_steps": 6, "checkpoint_steps": 4, "config": {"dim": 16}, "dropout": 0.1} | options
@@ -858,42 +852,36 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
 
 
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
-    """A real signal in the middle of step 7; the resumed run ends as the undisturbed one does. A second one is at
-    once. Afterwards Ctrl-C is what it was."""
-
-    def signalled(times, step):
-        for _ in range(times if step == 6 else 0):
-            signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("before", [0, 2])
+def test_of_two_runs_in_one_folder_the_later_to_save_ends(before, tmp_path):
+    def another_begins(step):
+        if step == 4:
+            trained(steps=2, out=tmp_path)
         return striped_batch(step)
 
-    signal.signal(signal.SIGINT, before := signal.default_int_handler)  # a background job's is to ignore it
-    options, out = {"steps": 10, "dropout": 0.1}, tmp_path / "run"
-    for times in (2, 1):
-        assert not out.exists()
-        with pytest.raises(KeyboardInterrupt):
-            trained(functools.partial(signalled, times), out=out, **options)
-    assert saved(out)["step"] == 7 and signal.getsignal(signal.SIGINT) is before
-    assert torch.equal(trained(out=out, resume=True, **options)[0], trained(**options)[0])
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked on this system")
-def test_a_second_run_into_the_same_folder_is_refused(tmp_path, monkeypatch):
-    def begins_another(step):
-        if step == 1:
-            assert "another run is writing" in refusal(trained, steps=2, out=tmp_path)
-        return striped_batch(step)
-
-    trained(begins_another, steps=3, out=tmp_path)
-    assert saved(tmp_path)["step"] == 3
-    trained(steps=2, out=tmp_path)  # free again
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("Function not implemented")))  # of this file system
-    trained(steps=4, out=tmp_path)
+    trained(steps=before, out=tmp_path)
+    assert "another run has written" in refusal(trained, another_begins, steps=6, checkpoint_steps=3, out=tmp_path)
+    assert saved(tmp_path)["step"] == 2
+    trained(steps=4, checkpoint_steps=1, out=tmp_path)  # one after the other
     assert saved(tmp_path)["step"] == 4
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_the_best_validated_model_is_kept(ema, tmp_path):
+def test_checkpoints_are_two_minutes_apart(tmp_path, monkeypatch):
+    """Of 9 steps that take 50 seconds each the first save is after the third, and so on."""
+    found, now = [], 0.0
+    monkeypatch.setattr(maskgit.time, "monotonic", lambda: now)
+
+    def batch(step):
+        nonlocal now
+        now += 50
+        found.append(saved(tmp_path)["step"] if (tmp_path / "model.pt").exists() else 0)
+        return striped_batch(step)
+
+    trained(batch, steps=9, out=tmp_path)
+    assert found == [0, 0, 0, 3, 3, 3, 6, 6, 6]
+
+
+def test_the_best_validated_model_is_kept(tmp_path):
     """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
     seen = []
 
@@ -902,7 +890,7 @@ def test_the_best_validated_model_is_kept(ema, tmp_path):
         seen.append(weights(model))
         return {"figure": [3.0, 1.0, 2.0, 1.5][len(seen) - 1]}
 
-    options = {"steps": 8, "log_steps": 2, "ema": ema, "validate": validate, "best_by": "figure"}
+    options = {"steps": 8, "log_steps": 2, "validate": validate, "best_by": "figure"}
     found, _ = trained(**options)
     best = seen[1]
     assert torch.equal(found, best) and not torch.equal(best, seen[3])
@@ -1129,14 +1117,6 @@ def test_scores_are_expectations_over_the_posterior():
     assert train_squares.score(model, SQUARES, "single", 4096, 1)["accuracy"] > 0.99
 
 
-def test_cosine_heads_limit_by_brute_force():
-    """No pair of similarities in [-1, 1] does better on any pixel."""
-    white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
-    difference = torch.linspace(-2, 2, 401)[:, None]
-    best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
-    assert train_squares.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
-
-
 def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
     settings = argparse.Namespace(grid=8, seed=3, batch_size=50, presentations=2, mask="cosine")
     batch, again = (train_squares.make_batch(SQUARES, settings) for _ in range(2))
@@ -1247,7 +1227,7 @@ def test_samplers_of_the_literature_by_hand():
     assert explained(tokens, tokenizer).mean() > 0.8 and not explained(broken, tokenizer, 300).any()
 
 
-def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
+def test_presets_carry_the_sources_numbers(monkeypatch):
     def settings(*arguments):
         monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *arguments])
         return train_squares.parse_arguments()
@@ -1258,10 +1238,24 @@ def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
     assert (two.dim, two.hidden, two.layers, two.heads, two.min_side, two.max_side) == (640, 1600, 6, 8, 1, 4)
     assert two.steps == 300 * 40 and two.mask == "0.2" and two.lr == 0.001
     assert settings("post2", "--steps", "7").steps == 7
-    recipe, variants = train_squares.S1_RECIPE, train_squares.ablation_variants()
+
+
+def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
+    """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
+    ablation = runpy.run_path(str(HERE / "benchmarks" / "ablation.py"))
+    recipe, variants = ablation["S1_RECIPE"], ablation["variants"]()
     changed = {name: sum(recipe[key] != value for key, value in v.items()) for name, v in variants.items()}
     assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
     assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
+    white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
+    difference = torch.linspace(-2, 2, 401)[:, None]
+    best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
+    assert ablation["cosine_head_limit"](SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
+    ablation["ALIKE"].update(dim=8, layers=1)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--steps", "2", "--json", str(tmp_path / "found.json")])
+    ablation["main"]()
+    runs = json.loads((tmp_path / "found.json").read_text())["runs"]
+    assert len(runs) == 3 * 9 and Image.open(tmp_path / "found.png").size == (900, 550)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1504,16 +1498,13 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     combinations = {(row["given"], row["order"], row["setting"]) for row in rows}
     assert len(rows) == len(combinations) == 2 * (5 + 5 + 1)
     assert all(0 <= row[m]["valid"] <= 1.0001 and row[m]["calls"] <= 64 for row in rows for m in ("exact", "model"))
-    monkeypatch.setattr(train_squares, "TEST_COUNT", 64)
-    monkeypatch.setattr(train_squares, "ABLATION", train_squares.ABLATION | {"dim": 8, "layers": 1})
-    assert squares("--ablation", "--steps", "4") == 0
-    assert len(json.loads((tmp_path / "ablation.json").read_text())["runs"]) == 3 * 9  # variants
+
     assert call(train_rectangles, "--remedies", *SMALL, "--out", tmp_path / "run") == 0
     runs = json.loads((tmp_path / "run" / "remedies.json").read_text())["runs"]
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
     assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
     assert "100 rectangles, no corners" in capsys.readouterr().out
-    for name in ("ablation.png", "completions.png", "run/remedies.png"):
+    for name in ("completions.png", "run/remedies.png"):
         Image.open(tmp_path / name).verify()
 
 
@@ -1522,13 +1513,12 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     [
         ("is below", "--steps 0, --lr -1, --lr nan, --draws 0", "--soft-targets -1, --rectangles 0, --points 1"),
         ("takes one number", "", "--points 6 5, --points 5 6 7"),
-        ("is below 0.0, or not below 1.0", "--dropout 1, --ema 2", ""),
-        ("invalid", "--steps many, --norm none, --preset post3", "--task round"),
+        ("is below 0.0, or not below 1.0", "--dropout 1, --on-policy 2", ""),
+        ("invalid", "--steps many, --head none, --preset post3", "--task round"),
         ("unrecognized", "--stepz 3", ""),
         ("is no mask", "--mask quarter, --mask 1.5", "--mask sideways, --mask 0.2+1.5"),
         ("do not fit a grid of", "--grid 4 --max-side 5, --min-side 4 --max-side 3", ""),
         ("divisible by", "--heads 5, --dim 6 --heads 2", "--dim 18"),
-        ("belongs to the cosine head", "--learn-temperature", ""),
         ("cannot be used", "--device tpu, --device cuda:99", "--device abacus"),
         ("cannot be split", "--accumulate 1000", ""),
         ("there is no checkpoint", "--resume, --completions", "--resume --out nowhere"),
@@ -1940,31 +1930,29 @@ import maskgit, torch
 
 def batch(step):
     if step == 4 and os.environ.get("RANK") == sys.argv[2]:
-        signal.raise_signal(getattr(signal, sys.argv[3]))
+        signal.raise_signal(signal.SIGKILL)
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(2, (8, 16), generator=generator)
     return tokens, maskgit.training_mask(tokens.shape, "cosine", generator), maskgit.grid_coords(4, 4)
 
 torch.manual_seed(0)
 model = maskgit.MaskGIT(2, 16, 2, 1, dropout=0.0)
-maskgit.train(model, batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[4:] == ["--resume"])
+maskgit.train(model, batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[3:] == ["--resume"])
 """
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("how", "step"), [("SIGKILL", 4), ("SIGINT", 5)])
-def test_a_process_that_stops_stops_all_and_one_process_goes_on(how, step, rank, tmp_path, monkeypatch):
-    """Killed, it leaves the last checkpoint whole; interrupted, all finish the step, and the first saves. Resumed by
-    one process the run ends as one of a single process does."""
+def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(rank, tmp_path, monkeypatch):
+    """The last checkpoint stays whole. Resumed by one process the run ends as one of a single process does."""
     script = tmp_path / "stops.py"
     script.write_text(STOPS)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(script), str(tmp_path / "two"), str(rank), how]
+    command = [*TORCHRUN, str(script), str(tmp_path / "two"), str(rank)]
     assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode != 0
-    assert saved(tmp_path / "two")["step"] == step
+    assert saved(tmp_path / "two")["step"] == 4
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["model.pt"]
     for name, option in (("one", "--force"), ("two", "--resume")):
-        monkeypatch.setattr(sys, "argv", ["stops.py", str(tmp_path / name), "no rank", "no signal", option])
+        monkeypatch.setattr(sys, "argv", ["stops.py", str(tmp_path / name), "no rank", option])
         runpy.run_path(str(script))
     torch.testing.assert_close(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), rtol=0, atol=1e-4)
 
@@ -2304,7 +2292,7 @@ def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
 
 
 FLAGS = {
-    train_squares: "--preset --ablation --completions --draws --positions",
+    train_squares: "--preset --completions --draws --head",
     inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset",
     train_rectangles: "--task --remedies --rectangles --points --soft-targets --no-rotary",
 }
