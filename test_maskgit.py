@@ -80,7 +80,8 @@ def refusal(function, *arguments, **options):
 
 
 def call(script, *arguments):
-    """Run a script in this process as its command line would be; returns the exit code."""
+    """Run a script in this process as its command line would be, with few draws and no weights of Inception at hand;
+    returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         patch.setattr(train_squares, "EXACT_DRAWS", 100)
@@ -1198,7 +1199,7 @@ def test_inputs_that_show_the_same_count_as_often_as_there_are():
     assert result["calls"] == pytest.approx((2 + 2 + 1 + 1) / 4) and result["valid"] == pytest.approx(1)
     for name in ("confidence", "random"):  # they draw numbers, and so are counted
         result = judge({"order": train_squares.ORDERS[name]}, 20)
-        assert result["draws"] == 20 and "kl" not in result
+        assert result["draws"] == 20 and "kl" not in result and result["calls"] == 2 == result["most_calls"]
 
 
 def test_samplers_of_the_literature_by_hand():
@@ -1817,13 +1818,12 @@ def test_folders_as_in_the_reports(inpaint_run, tmp_path, capsys):
     assert (again["image_000"] != results["image_000"]).any()
 
 
-def test_samples_whole_pictures_and_one_mask_for_all(inpaint_run, tmp_path):
+def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
     (image, _), (other, hole) = write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
-    options = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax", "--decode-steps", 3]
-    results = filled_pairs(inpaint_run, tmp_path, *options, "--stop-after", 2)
-    for result, before in zip(results.values(), (image, other), strict=True):
+    one_mask = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax", "--stop-after", 2]
+    for result, before in zip(filled_pairs(inpaint_run, tmp_path, *one_mask).values(), (image, other), strict=True):
         assert (result[~hole] == before[~hole]).all()
-    results = filled_pairs(inpaint_run, tmp_path, "--samples", "3", "--whole", "--order", "entropy", "--force")
+    results = filled_pairs(inpaint_run, tmp_path, "--samples", 3, "--whole", "--order", "entropy", "--force")
     assert [*results] == [f"image_00{i}{end}" for i in range(2) for end in ("", "_1", "_2", "_3")]
     side_by_side, *samples = list(results.values())[:4]
     assert (side_by_side == np.concatenate([image, *samples], axis=1)).all() and (samples[0] != samples[1]).any()
