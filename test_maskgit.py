@@ -259,10 +259,8 @@ def test_block_is_the_written_formula(norm):
 def test_rotary_attention_sees_differences_of_coordinates_alone():
     torch.manual_seed(0)
     attention, x, coords = maskgit.Attention(16, 2), torch.randn(1, 5, 16), torch.rand(5, 2) * 6
-    here, moved, mirrored = (
-        attention(x, maskgit.rotary_angles(at, 8)[None, None])
-        for at in (coords, coords + torch.tensor([3.0, -7.5]), -coords)
-    )
+    places = coords, coords + torch.tensor([3.0, -7.5]), -coords
+    here, moved, mirrored = (attention(x, maskgit.rotary_angles(at, 8)[None, None]) for at in places)
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
     assert (here - mirrored).abs().max() > 1e-3
     # The score of one pair by hand: both vectors turned as complex numbers.
@@ -277,10 +275,8 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
 @pytest.mark.parametrize("rotary", [False, True])
 def test_only_coordinates_tell_tokens_apart_and_each_image_may_have_its_own(rotary):
     model, tokens = tiny_model(rotary=rotary), torch.randint(6, (2, 9), generator=seeded())
-    coords, order = (
-        torch.stack([grid_coords(3, 3), grid_coords(3, 3) * 1.7 + 0.3]),
-        torch.randperm(9, generator=seeded()),
-    )
+    coords = torch.stack([grid_coords(3, 3), grid_coords(3, 3) * 1.7 + 0.3])
+    order = torch.randperm(9, generator=seeded())
     logits = model(tokens, coords)
     one_by_one = torch.cat([model(tokens[i : i + 1], coords[i]) for i in range(2)])
     torch.testing.assert_close(logits, one_by_one, rtol=1e-4, atol=1e-5)
@@ -1423,8 +1419,8 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
     assert call(script, *arguments, "--json", copy) == 0
     screen, figures = capsys.readouterr().out, json.loads(copy.read_text())
     assert all(text in screen for text in [*printed.split(", "), str(out / "samples.png")])
-    pictures = ("prior.png", "decode.gif") if squares else ("rectangles.png", "centroids.png")
-    pictures += ("loss.png", "samples.png")
+    pictures = ["loss.png", "samples.png"]
+    pictures += ["prior.png", "decode.gif"] if squares else ["rectangles.png", "centroids.png"]
     assert {path.name for path in out.iterdir()} == {"model.pt", "log.csv", "metrics.json", *pictures}
     for name in pictures:
         Image.open(out / name).verify()
