@@ -992,7 +992,7 @@ def test_cuda_decodes_without_a_wait(order):
         filled = decode(call, hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert filled.is_cuda and filled.max() < 2 and len(calls) <= 4
+    assert filled.is_cuda and filled.max() < 2 and (len(calls) == 4 or order == "entropy")
 
 
 # ---------------------------------------------------------------------------------------------------
