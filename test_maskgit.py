@@ -634,11 +634,6 @@ def decode_with(**wrong):
     return decode(tiny_model(), **{"tokens": tokens, "mask": mask, "coords": grid_coords(4, 4)} | wrong)
 
 
-def growing_batch(step):
-    tokens = torch.zeros(4, 4 + step, dtype=torch.int64)
-    return tokens, tokens == 0, grid_coords(1, 4 + step)
-
-
 NO_NUMBERS = torch.full((6, 16, 5), math.nan)
 ROWS = np.random.default_rng(0).random((9, 3))
 REFUSED = [
@@ -672,11 +667,11 @@ REFUSED = [
     ("codes are 0 .. 4", lambda: decode_with(tokens=torch.full((6, 16), 5))),
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS)),
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
-    ("cannot be split", lambda: train(tiny_model(codes=2), striped_batch, steps=1, accumulate=25)),
+    ("cannot be split", lambda: trained(accumulate=25)),
     ("needs the coordinates", lambda: training_mask((6, 100), "0.2+half")),
-    ("must have one shape", lambda: train(tiny_model(codes=2), growing_batch, steps=2, on_policy=0.5)),
-    ("adamw, muon", lambda: train(tiny_model(codes=2), striped_batch, steps=1, optimizer="sgd")),
-    ("constant, linear, cosine", lambda: train(tiny_model(codes=2), striped_batch, steps=1, decay="step")),
+    ("must have one shape", lambda: trained(lambda i: [part[i:] for part in striped_batch(i)], on_policy=0.5)),
+    ("adamw, muon", lambda: trained(optimizer="sgd")),
+    ("constant, linear, cosine", lambda: trained(decay="step")),
     ("nothing to plot", lambda: maskgit.line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
 ]
 
