@@ -1209,16 +1209,13 @@ def test_samplers_of_the_literature_by_hand():
 
 
 def test_presets_and_the_ablation_carry_the_sources_numbers(monkeypatch):
-    def settings(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *arguments])
-        return train_squares.parse_arguments()
-
-    one, two = settings("post1"), settings("post2", "--lr", "0.001")
-    assert (one.dim, one.hidden, one.layers, one.heads, one.dropout) == (768, 3072, 6, 8, 0.1)
-    assert (one.norm, one.head, one.positions, one.batch_size, one.steps) == ("post", "cosine", "printed", 126, 300)
-    assert (two.dim, two.hidden, two.layers, two.heads, two.min_side, two.max_side) == (640, 1600, 6, 8, 1, 4)
-    assert two.steps == 300 * 40 and two.mask == "0.2" and two.lr == 0.001
-    assert settings("post2", "--steps", "7").steps == 7
+    one = dict(dim=768, hidden=3072, layers=6, heads=8, dropout=0.1, norm="post", head="cosine", positions="printed")
+    one |= dict(batch_size=126, steps=300)
+    two = dict(dim=640, hidden=1600, layers=6, heads=8, min_side=1, max_side=4, mask="0.2", steps=300 * 40, lr=0.001)
+    for flags, numbers in (("post1", one), ("post2 --lr 0.001", two), ("post2 --steps 7", {"steps": 7})):
+        monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *flags.split()])
+        settings = vars(train_squares.parse_arguments())
+        assert numbers == {name: settings[name] for name in numbers}
     recipe, variants = train_squares.S1_RECIPE, train_squares.ablation_variants()
     changed = {name: sum(recipe[key] != value for key, value in v.items()) for name, v in variants.items()}
     assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
