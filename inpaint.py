@@ -677,7 +677,7 @@ def parse_arguments():
     for_training = vars(parser.parse_args([]))
 
     add = parser.add_argument_group("filling and scores").add_argument
-    add("--vqgan", type=Path, metavar="FILE", help="the reports' VQGAN in place of k-means tokens: 64x64 pictures only")
+    add("--vqgan", type=Path, metavar="FILE", help="the reports' VQGAN in place of k-means tokens, at 64x64 only")
     add("--transformer", type=Path, metavar="FILE", help="fill files by a transformer of the reports, with --vqgan")
     add("--checkpoint", type=Path, help="fill files by this model instead of training one")
     add("--images", type=Path, help="folder of pictures to fill, or one file")

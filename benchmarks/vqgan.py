@@ -72,7 +72,7 @@ def main():
     parser = CommandLine(__doc__)
     parser.add_argument("--vqgan", type=Path, help="default: random weights")
     parser.add_argument("--transformer", type=Path, help="default: random weights")
-    parser.add_argument("--pictures", type=at_least(1), nargs="+", default=[1, 16], help="default %(default)s")
+    parser.add_argument("--pictures", type=at_least(1), nargs="+", default=[1, 8], help="default %(default)s")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings, rows = parser.parse_args(), []
     spawn = multiprocessing.get_context("spawn")
