@@ -235,9 +235,10 @@ HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 def model_input(checkpoint, images, holes, informed, targets=True):
     """What decode takes, on the model's device: tokens (B, T), mask (B, T), coords (T, 2) and evidence, or without
     being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S). With
-    `targets` the hidden tokens are the true ones, otherwise any."""
+    `targets` the hidden tokens are the true ones, otherwise any. As a VQGAN's tokens depend on the whole picture, those
+    that are visible are encoded with a membrane in the hole."""
     tokenizer, device = checkpoint["tokenizer"], next(checkpoint["model"].parameters()).device
-    pixels, sees_holes = images / np.float32(255), isinstance(tokenizer, vqgan.VQGAN)  # in what is visible, too
+    pixels, sees_holes = images / np.float32(255), isinstance(tokenizer, vqgan.VQGAN)
     hidden = maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).any(axis=-1)
     codes = tokenizer.encode(membrane(pixels, holes) if sees_holes else pixels)
     if sees_holes and targets:
@@ -355,7 +356,7 @@ def train_model(settings, tokenizer, split, device, may_change):
     test = with_holes(split.validation[: settings.validation_images], settings.hole, VALIDATION_SEED)
     own = None if isinstance(tokenizer, vqgan.VQGAN) else tokenizer
     options = {"out": settings.out, "tokenizer": own, "may_change": may_change, "best_by": "validation"}
-    encoded = []  # once
+    encoded = []  # at the first call
 
     def validate(model):
         encoded.extend([] if encoded else input_batches({"model": model, "tokenizer": tokenizer}, *test))
@@ -595,7 +596,7 @@ def tokenizer_of(checkpoint, path, at_hand):
     """What the model of a checkpoint was trained with: its k-means tokens, or the VQGAN at hand if it is the same."""
     trained, given = (checkpoint["config"] or {}).get("vqgan_sha256"), at_hand and at_hand.sha256
     if trained and trained != given:
-        remedy = "another VQGAN" if given else "a VQGAN: name its file by --vqgan"
+        remedy = "another VQGAN than --vqgan names" if given else "a VQGAN: name its file by --vqgan"
         raise ValueError(f"{path} was trained with {remedy}")
     if given and not trained:
         raise ValueError(f"{path} was trained without a VQGAN: leave out --vqgan")
