@@ -3,6 +3,7 @@
     python inpaint.py                                   drawn cartoon cats: train, fill, score; nothing to download
     python inpaint.py --data FOLDER --out runs/mine     the same on your own pictures
     python inpaint.py --checkpoint runs/inpaint/model.pt --images DIR --masks DIR --out DIR      fill holes
+    python inpaint.py --vqgan VQGAN.pt --transformer best_val.pth --images DIR --masks DIR --out DIR      by R1 and R2's
 
 A mask has its image's size: 255 (white) is visible, 0 is the hole. A token with any hole pixel is hidden, and predicted
 from the others; the pixels that were visible come back as they were.
@@ -32,6 +33,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import fid
 import maskgit
+import vqgan
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
@@ -230,12 +232,18 @@ def half_hole(rng, size):
 HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 
 
-def model_input(checkpoint, images, holes, informed):
+def model_input(checkpoint, images, holes, informed, targets=True):
     """What decode takes, on the model's device: tokens (B, T), mask (B, T), coords (T, 2) and evidence, or without
-    being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S)."""
+    being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S). With
+    `targets` the hidden tokens are the true ones, otherwise any. As a VQGAN's tokens depend on the whole picture, those
+    that are visible are encoded with a membrane in the hole."""
     tokenizer, device = checkpoint["tokenizer"], next(checkpoint["model"].parameters()).device
-    codes = torch.from_numpy(tokenizer.encode(images / np.float32(255)))  # (B, h, w)
+    pixels, sees_holes = images / np.float32(255), isinstance(tokenizer, vqgan.VQGAN)
     hidden = maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).any(axis=-1)
+    codes = tokenizer.encode(membrane(pixels, holes) if sees_holes else pixels)
+    if sees_holes and targets:
+        codes = np.where(hidden, tokenizer.encode(pixels), codes)
+    codes = torch.from_numpy(codes)  # (B, h, w)
     tensors = codes.flatten(1), torch.from_numpy(hidden).flatten(1), maskgit.grid_coords(*codes.shape[1:])
     evidence = pixel_evidence(tokenizer, images, holes).to(device) if informed else None
     return *(tensor.to(device) for tensor in tensors), evidence
@@ -245,7 +253,7 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint.
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
     to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too."""
-    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"])
+    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"], targets=False)
     own = ("evidence", "blend", "choice_temperature")
     decoding = {name: value for name, value in options.items() if name not in own}
     if options["order"] == "confidence":
@@ -346,22 +354,38 @@ def train_model(settings, tokenizer, split, device, may_change):
         return tokens, maskgit.training_mask(shape, settings.mask, generator, coords), coords
 
     test = with_holes(split.validation[: settings.validation_images], settings.hole, VALIDATION_SEED)
-    options = {"out": settings.out, "tokenizer": tokenizer, "may_change": may_change, "best_by": "validation"}
-    options["validate"] = lambda model: {"validation": cross_entropy({"model": model, "tokenizer": tokenizer}, *test)}
+    own = None if isinstance(tokenizer, vqgan.VQGAN) else tokenizer
+    options = {"out": settings.out, "tokenizer": own, "may_change": may_change, "best_by": "validation"}
+    encoded = []  # at the first call
+
+    def validate(model):
+        encoded.extend([] if encoded else input_batches({"model": model, "tokenizer": tokenizer}, *test))
+        return {"validation": mean_cross_entropy(model, encoded)}
+
+    options["validate"] = validate
     options |= {"betas": tuple(settings.betas), "every_position": settings.loss == "all"}
     return maskgit.train_as_set(settings, settings.codes, batch, device, **options)
 
 
-@torch.no_grad()
-def cross_entropy(checkpoint, images, holes, informed=False):
-    """Nats per hidden token, all of them hidden at once; if `informed` their visible pixels count too."""
-    model, total, count = checkpoint["model"], 0.0, 0
+def input_batches(checkpoint, images, holes, informed=False):
+    """model_input of AT_ONCE pictures at a time."""
     for start in range(0, len(images), AT_ONCE):
         rows = slice(start, start + AT_ONCE)
-        tokens, mask, coords, evidence = model_input(checkpoint, images[rows], holes[rows], informed)
+        yield model_input(checkpoint, images[rows], holes[rows], informed)
+
+
+def cross_entropy(checkpoint, images, holes, informed=False):
+    """Nats per hidden token, all of them hidden at once; if `informed` their visible pixels count too."""
+    return mean_cross_entropy(checkpoint["model"], input_batches(checkpoint, images, holes, informed))
+
+
+@torch.no_grad()
+def mean_cross_entropy(model, batches):
+    total, count = 0.0, 0
+    for tokens, mask, coords, evidence in batches:
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
-        logits = logits + evidence if informed else logits
+        logits = logits if evidence is None else logits + evidence
         hidden = int(mask.sum())
         total, count = total + float(maskgit.masked_cross_entropy(logits, tokens, mask)) * hidden, count + hidden
     return total / count
@@ -439,7 +463,8 @@ def score(checkpoint, test, seen, settings):
     for name, other in as_set.items():
         as_set[name] = picture_scores(*other, fill_in_batches(checkpoint, *other, options_of(settings)))
     entropies = {"test": cross_entropy(checkpoint, *test), "seen": cross_entropy(checkpoint, *seen)}
-    entropies["with evidence"] = cross_entropy(checkpoint, *test, informed=True)
+    if not isinstance(tokenizer, vqgan.VQGAN):
+        entropies["with evidence"] = cross_entropy(checkpoint, *test, informed=True)
     hidden = {"pixels": float(holes.mean()), "tokens": float(mask.float().mean())}
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
@@ -456,7 +481,8 @@ def ways_to_fill(settings):
     reports = {"order": "confidence", "sample": "categorical", "temperature": 1.0, "choice_temperature": 4.5}
     reports |= {"stop_after": None, "evidence": False, "blend": False}
     ways = [("as set", chosen), ("as set, not blended", chosen | {"blend": False})]
-    ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
+    if chosen["evidence"]:
+        ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
     ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
     ways += [(f"order {order}", chosen | {"order": order}) for order in maskgit.ORDERS if order != chosen["order"]]
     for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
@@ -566,6 +592,30 @@ def read_pair(picture, mask, size):
     return image, hole, small[0], small[1] > 0
 
 
+def tokenizer_of(checkpoint, path, at_hand):
+    """What the model of a checkpoint was trained with: its k-means tokens, or the VQGAN at hand if it is the same."""
+    trained, given = (checkpoint["config"] or {}).get("vqgan_sha256"), at_hand and at_hand.sha256
+    if trained and trained != given:
+        remedy = "another VQGAN than --vqgan names" if given else "a VQGAN: name its file by --vqgan"
+        raise ValueError(f"{path} was trained with {remedy}")
+    if given and not trained:
+        raise ValueError(f"{path} was trained without a VQGAN: leave out --vqgan")
+    return at_hand or checkpoint["tokenizer"]
+
+
+def open_model(settings):
+    """The model that fills with its tokenizer, and the size of its pictures: the reports', or those of a checkpoint."""
+    device, pixels = maskgit.pick_device(settings.device), "filling" if settings.transformer else "training"
+    tokenizer = settings.vqgan and vqgan.load_vqgan(settings.vqgan, device, pixels)
+    if settings.transformer:
+        return {"model": vqgan.load_transformer(settings.transformer, device), "tokenizer": tokenizer}, settings.size
+    checkpoint = maskgit.load_checkpoint(settings.checkpoint, device)
+    tokenizer = tokenizer_of(checkpoint, settings.checkpoint, tokenizer)
+    if tokenizer is None or "size" not in (checkpoint["config"] or {}):
+        raise ValueError(f"{settings.checkpoint} is no checkpoint of inpaint.py")
+    return checkpoint | {"tokenizer": tokenizer}, checkpoint["config"]["size"]
+
+
 def fill_files(settings):
     """Fill the holes of files: a PNG for each; with --samples a PNG for each of those, and all in a row."""
     pairs = pair_files(settings.images, settings.masks)
@@ -575,10 +625,7 @@ def fill_files(settings):
     for target in targets:
         if target.exists() and not settings.force:
             raise ValueError(f"{target} exists; --force overwrites, --out renames")
-    checkpoint = maskgit.load_checkpoint(settings.checkpoint, maskgit.pick_device(settings.device))
-    if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
-        raise ValueError(f"{settings.checkpoint} is no checkpoint of inpaint.py")
-    size = checkpoint["config"]["size"]
+    checkpoint, size = open_model(settings)
     shapes = [read_pair(*pair, size)[1].shape for pair in pairs]  # all are read before one is written
     resized = sum(shape != (size, size) for shape in shapes)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -631,6 +678,8 @@ def parse_arguments():
     for_training = vars(parser.parse_args([]))
 
     add = parser.add_argument_group("filling and scores").add_argument
+    add("--vqgan", type=Path, metavar="FILE", help="the reports' VQGAN in place of k-means tokens, at 64x64 only")
+    add("--transformer", type=Path, metavar="FILE", help="fill files by a transformer of the reports, with --vqgan")
     add("--checkpoint", type=Path, help="fill files by this model instead of training one")
     add("--images", type=Path, help="folder of pictures to fill, or one file")
     add("--masks", type=Path, help="their masks, in the same order: 255 = visible, 0 = hole; or one for all")
@@ -642,7 +691,9 @@ def parse_arguments():
     add("--sample", choices=("categorical", "argmax"), default="categorical")
     add("--temperature", type=maskgit.at_least(1e-6, float), default=0.7)
     add("--choice-temperature", type=maskgit.at_least(0.0, float), default=1.0)
-    add("--evidence", action=yes_no, default=True, help="use the visible pixels of tokens that are partly in a hole")
+    add(
+        "--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; default: not with --vqgan"
+    )
     add("--blend", action=yes_no, default=True, help="shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
@@ -650,11 +701,19 @@ def parse_arguments():
     add("--schedules", default="linear,cosine,square", help="of the table, default %(default)s")
     add("--weights", type=Path, help="Inception weights for FID and KID; default: those that fid.py has fetched")
     known = parser.parse_known_args()[0]
-    out = {"out": Path("runs/filled")} if known.checkpoint else {}
+    out = {"out": Path("runs/filled")} if known.checkpoint or known.transformer else {}
     parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}) | out)
     settings = parser.parse_args()
-    if settings.checkpoint and not (settings.images and settings.masks):
-        parser.error("--checkpoint fills --images by their --masks: name both")
+    if bool(settings.checkpoint or settings.transformer) != bool(settings.images and settings.masks):
+        parser.error("--checkpoint or --transformer fills --images by their --masks: name all three")
+    if settings.transformer and (settings.checkpoint or not settings.vqgan):
+        parser.error("--transformer is the reports': it takes their --vqgan, and no --checkpoint")
+    if settings.vqgan and (settings.size, settings.patch, settings.codes) != (64, 4, 1024):
+        parser.error("--vqgan has pictures of 64x64, patches of 4x4 and 1024 codes: leave out --size, --patch, --codes")
+    if settings.vqgan and settings.evidence:
+        parser.error("--evidence needs a centroid in pixels for each code, which --vqgan does not have")
+    if settings.evidence is None:
+        settings.evidence = not settings.vqgan
     if settings.size % settings.patch:
         parser.error(f"--size {settings.size} is not divisible by --patch {settings.patch}")
     for schedule in settings.schedules.split(","):
@@ -664,15 +723,19 @@ def parse_arguments():
 
 def main():
     settings, may_change = parse_arguments()
-    if settings.checkpoint:
+    if settings.checkpoint or settings.transformer:
         fill_files(settings)
         return
     device, started = maskgit.open_run(settings), time.monotonic()
+    tokenizer = settings.vqgan and vqgan.load_vqgan(settings.vqgan, device)
+    settings.vqgan_sha256 = tokenizer and tokenizer.sha256
+    if settings.resume:
+        path = settings.out / "model.pt"
+        tokenizer = tokenizer_of(maskgit.load_checkpoint(path), path, tokenizer)
     split = open_pictures(settings.data, settings.cartoons, settings.size, settings.seed)
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    tokenizer = settings.resume and maskgit.load_checkpoint(settings.out / "model.pt")["tokenizer"]
-    if not settings.resume:
+    if not tokenizer:
         images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
         tokenizer = maskgit.PatchTokenizer.fit(images, settings.codes, settings.patch, seed=settings.seed)
     prepared = time.monotonic()

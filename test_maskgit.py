@@ -1855,6 +1855,277 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------
+# vqgan.py: layers and files as they are described
+
+LAYERS = {  # kind and channels that come out: 0, 1, 2 ... in the description
+    "encoder": "conv 128," + 4 * "res 128," + 2 * "res 256," + "down 256," + 2 * "res 256," + 2 * "res 512,"
+    + "down 512,res 512,att 512,res 512,norm 512,swish 512,conv 256",
+    "decoder": "conv 512,res 512,att 512,res 512," + 3 * "res 512,att 512," + "up 512," + 6 * "res 256,"
+    + "up 256," + 6 * "res 128," + "norm 128,conv 3",
+}  # fmt: skip
+
+
+class Take(dict):
+    def __call__(self, name, *shape):
+        """The weight of that name and shape, which is used up."""
+        assert self[name].shape == shape, name
+        return self.pop(name)
+
+
+def by_its_layers(take, part, x, scale=1):
+    """The encoder or decoder of images (B, C, H, W), layer by layer; `scale` divides the channels."""
+
+    def conv(x, name, out, side=3):
+        weight = take(f"{at}{name}.weight", out, x.shape[1], side, side)
+        return F.conv2d(F.pad(x, [side // 2] * 4), weight, take(f"{at}{name}.bias", out))
+
+    def norm(x, name):
+        weight, bias = (take(f"{at}{name}.gn.{end}", x.shape[1]) for end in ("weight", "bias"))
+        return F.group_norm(x, 32, weight, bias, 1e-6)
+
+    for i, (kind, out) in enumerate(layer.split() for layer in LAYERS[part].split(",")):
+        at, out = f"{part}.model.{i}", int(out) // (1 if out == "3" else scale)
+        if kind == "res":
+            branch = conv(F.silu(norm(x, ".block.0")), ".block.2", out)
+            branch = conv(F.silu(norm(branch, ".block.3")), ".block.5", out)
+            x = branch + (x if x.shape[1] == out else conv(x, ".channel_up", out, 1))
+        elif kind == "att":
+            normed = norm(x, ".norm")
+            q, k, v = (conv(normed, name, out, 1).flatten(2) for name in (".q", ".k", ".v"))  # (B, C, H * W)
+            shares = (torch.einsum("bcq,bck->bqk", q, k) / math.sqrt(out)).softmax(dim=2)
+            x = x + conv(torch.einsum("bqk,bck->bcq", shares, v).view(x.shape), ".proj_out", out, 1)
+        elif kind == "down":  # with a border at the right and bottom alone the windows begin one pixel further on
+            x = conv(x, ".conv", out)[:, :, 1::2, 1::2]
+        elif kind == "up":
+            x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), ".conv", out)
+        else:
+            x = F.silu(x) if kind == "swish" else norm(x, "") if kind == "norm" else conv(x, "", out)
+    return x
+
+
+def random_weights(network):
+    """Pieces of one tensor, so that a file stays small."""
+    pool = torch.randn(2**22, generator=seeded()) / 20
+    pieces = {n: pool[997 * i :][: w.numel()].view(w.shape) for i, (n, w) in enumerate(network.state_dict().items())}
+    return {n: piece + 1 if n.endswith("weight") and piece.ndim == 1 else piece for n, piece in pieces.items()}
+
+
+def test_vqgan_has_the_names_and_shapes_of_its_file():
+    with torch.device("meta"):
+        take = Take(vqgan.VQGAN().state_dict())
+        assert len(take) == 315 and sum(w.numel() for w in take.values()) == 70_775_299
+        assert by_its_layers(take, "encoder", torch.empty(1, 3, 64, 64)).shape == (1, 256, 16, 16)
+        assert by_its_layers(take, "decoder", torch.empty(1, 256, 16, 16)).shape == (1, 3, 64, 64)
+    rest = {"codebook.embedding.weight": (1024, 256)}
+    for name in ("quant_conv", "post_quant_conv"):
+        rest |= {f"{name}.weight": (256, 256, 1, 1), f"{name}.bias": (256,)}
+    assert {name: tuple(w.shape) for name, w in take.items()} == rest
+
+
+MOMENTS = {"training": [[0.4816, 0.4324, 0.3845], [0.2602, 0.2518, 0.2537]]}
+MOMENTS |= {"filling": [[0.4868, 0.4341, 0.3844], [0.2620, 0.2527, 0.2543]]}
+
+
+@pytest.mark.parametrize("pixels", MOMENTS)
+def test_codes_and_pictures_of_a_vqgan(pixels, monkeypatch):
+    """A quarter of the channels, one picture at a time: the nearest rows of the codebook, and what they decode to."""
+    monkeypatch.setattr(vqgan, "VQGAN_AT_ONCE", 1)
+    network, images = vqgan.VQGAN(32, pixels), torch.from_numpy(inpaint.cartoon_cats(2, 64)) / 255
+    take, (mean, std) = Take(weights := random_weights(network)), torch.tensor(MOMENTS[pixels])
+    latents = by_its_layers(take, "encoder", ((images - mean) / std).permute(0, 3, 1, 2), scale=4)
+    latents = F.conv2d(latents, take["quant_conv.weight"], take["quant_conv.bias"]).permute(0, 2, 3, 1)
+    near = latents.reshape(512, 64)[torch.randperm(512, generator=seeded())].repeat(2, 1)
+    codebook = weights["codebook.embedding.weight"] = near + weights["codebook.embedding.weight"]
+    network.load_state_dict(weights)
+    codes = network.encode(images.numpy())
+    distances = (latents.double()[..., None, :] - codebook).square().sum(dim=-1)  # (2, 16, 16, 1024)
+    assert (codes == distances.argmin(dim=-1).numpy()).all() and len(np.unique(codes)) > 100
+    latents = codebook[codes].permute(0, 3, 1, 2)
+    latents = F.conv2d(latents, take["post_quant_conv.weight"], take["post_quant_conv.bias"])
+    expected = (by_its_layers(take, "decoder", latents, scale=4).permute(0, 2, 3, 1) * std + mean).clip(0, 1)
+    np.testing.assert_allclose(network.decode(codes), expected, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+def transformer_by_its_formulas(take, tokens):
+    """Logits (B, 256, 1025) of tokens (B, 256)."""
+
+    def norm(x, name):
+        return F.layer_norm(x, (768,), take(f"{name}.weight", 768), take(f"{name}.bias", 768), 1e-12)
+
+    def linear(x, name, out):
+        return x @ take(f"{name}.weight", out, x.shape[-1]).T + take(f"{name}.bias", out)
+
+    table = take("tok_emb.weight", 1025, 768)
+    x = norm(table[tokens] + take("pos_emb", 256, 768), "LN")
+    for at in (f"blocks.{i}." for i in range(15)):
+        q, k, v = linear(x, f"{at}Attention.qkv", 2304).view(-1, 256, 3, 16, 48).unbind(2)
+        shares = (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(48)).softmax(dim=3)
+        heads = torch.einsum("bhqk,bkhd->bqhd", shares, v).flatten(2)
+        x = norm(x + linear(heads, f"{at}Attention.proj", 768), f"{at}LayerNorm1")
+        x = norm(x + linear(F.gelu(linear(x, f"{at}MLP.0", 1536)), f"{at}MLP.2", 768), f"{at}LayerNorm2")
+    x = norm(F.gelu(linear(x, "Token_Prediction.0", 768)), "Token_Prediction.2")
+    return x @ table.T + take("bias", 256, 1025)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Random weights of both, by the names in the files; the attention has no bias, since one student's has none."""
+    with torch.device("meta"):
+        networks = vqgan.VQGAN(), vqgan.ReportTransformer()
+    tokenizer, transformer = map(random_weights, networks)
+    transformer = {n: 0 * w if n.endswith("qkv.bias") else w for n, w in transformer.items()}
+    return tokenizer, {n.replace("Attention.out", "Attention.proj"): w for n, w in transformer.items()}
+
+
+def whole_maskgit(tokenizer, transformer):
+    return {f"vqgan.{n}": w for n, w in tokenizer.items()} | {f"transformer.{n}": w for n, w in transformer.items()}
+
+
+def with_attention(weights, *names):
+    """With another student's names of query, key and value, in one or three, and of the output."""
+    found, (*inputs, output) = {}, names
+    for n, w in weights.items():
+        parts = zip(inputs, w.chunk(len(inputs)), strict=True) if "qkv" in n else [("qkv", w)]
+        found |= {n.replace("qkv", each).replace("n.proj", f"n.{output}"): part for each, part in parts}
+    return found
+
+
+def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path):
+    """Bare, under "model", or in a whole MaskGIT: the same tokens."""
+    (vq, weights), mask, coords = reports, random_mask((1, 256), 0.3, seeded()), grid_coords(16, 16)
+    assert len(weights) == 189 and sum(w.numel() for w in weights.values()) == 72_745_472
+    tokens, take = torch.randint(1024, (1, 256), generator=seeded()), Take(weights)
+    hidden = tokens.masked_fill(mask, 1024)
+    logits = transformer_by_its_formulas(take, hidden)[..., :1024]
+    assert not take and logits.std() > 0.5
+    students = [("q_linear", "k_linear", "v_linear", "out_linear"), ("query", "key", "value", "output_layer")]
+    students = [with_attention(weights, *names) for names in [*students, ("Wq", "Wk", "Wv", "out"), ("to_qkv", "proj")]]
+    students[1] = whole_maskgit(vq, students[1])
+    students[3] = {"epoch": 3, "model": {n: w for n, w in students[3].items() if not n.endswith("qkv.bias")}}
+    for saved in [weights, *students]:
+        torch.save(saved, tmp_path / "best.pth")
+        model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
+        found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
+        assert torch.equal(found, torch.where(mask, logits.argmax(dim=-1), tokens))
+    np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return os.system, ("echo > it_ran",)
+
+
+def test_files_of_anything_else_are_refused(reports, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (vq, weights), three = reports, torch.ones(3)
+    lacking = with_attention(weights, "Wq", "Wk", "Wv", "out")
+    del lacking["blocks.3.Attention.Wk.weight"]
+    torch.save(vq, path := tmp_path / "file.pt")
+    whole = path.read_bytes()
+    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    vqgan_of, transformer_of = vqgan.load_vqgan, vqgan.load_transformer
+    for load, content, said in [
+        (vqgan_of, b"", "file.pt does not hold the reports' vqgan"),
+        (vqgan_of, whole[:-1000], "not a zip file"),
+        (vqgan_of, flipped, "another checksum"),
+        (vqgan_of, RunsCode(), "damaged or asks to run code"),
+        (vqgan_of, [three], "list"),
+        (vqgan_of, weights, "504 keys do not fit: .*'LN.bias'.* 189 keys are "),
+        (vqgan_of, vq | {"discriminator.0.bias": three}, r"'discriminator.0.bias' is \(3,\) where nothing is expected"),
+        (vqgan_of, vq | {"quant_conv.bias": three}, r"'quant_conv.bias' is \(3,\) where \(256,\)"),
+        (vqgan_of, vq | {"quant_conv.bias": torch.full((256,), math.nan)}, "no numbers"),
+        (transformer_of, vq, "no names; its 315 keys are 'encoder.model.0.weight'"),
+        (transformer_of, with_attention(weights, "heads", "proj"), "its attention has heads, proj;"),
+        (transformer_of, weights | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq, proj, qkv;"),
+        (transformer_of, lacking, "'blocks.3.Attention.qkv.weight' is missing"),
+        (transformer_of, weights | {"transformer.bias": three}, "'transformer.bias' is"),
+        (transformer_of, weights | {"model": weights}, "'model' is"),
+    ]:
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=said) as error:
+            load(path, "cpu")
+        assert "\n" not in str(error.value) and not Path("it_ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# inpaint.py: the reports' VQGAN and transformer
+
+
+def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
+    torch.save(whole_maskgit(*reports), whole := tmp_path / "whole.pth")
+    [(image, hole)], fill, seen = write_pairs(tmp_path, (64, 64, 0.3)), inpaint.fill, []
+    monkeypatch.setattr(inpaint, "fill", lambda *args, **options: seen.append(args[0]) or fill(*args, **options))
+    paths = ["--images", tmp_path / "masked_image", "--masks", tmp_path / "mask64", "--out", tmp_path / "out"]
+    options = ["--samples", 2, "--decode-steps", 2, "--device", "cpu"]
+    call_inpaint(monkeypatch, "--vqgan", whole, "--transformer", whole, *paths, *options)
+    _, first, second = (np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").iterdir()))
+    assert all((filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any() for filled in (first, second))
+    assert (first != second).any()
+    assert seen[0]["tokenizer"].mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
+
+
+@pytest.fixture
+def small_vqgan(monkeypatch):
+    monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
+    network = vqgan.VQGAN()
+    network.load_state_dict(random_weights(network))
+    return network
+
+
+def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
+    """Of two pictures that differ in a hole alone even visible tokens differ, but not those that the model is given."""
+    images, holes = inpaint.cartoon_cats(1, 64).repeat(2, axis=0), np.zeros((2, 64, 64), bool)
+    holes[:, 20:44, 20:44] = True
+    images[1][holes[1]] = 255 - images[1][holes[1]]
+    true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
+    checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
+    for targets in (True, False):
+        tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)
+        assert (true[0] != true[1])[~mask[0]].any() and torch.equal(tokens[0][~mask[0]], tokens[1][~mask[1]])
+        assert torch.equal(tokens[mask], true[mask]) == targets
+
+
+def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):
+    """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights."""
+    monkeypatch.setattr(inpaint, "ways_to_fill", lambda settings: [("as set", inpaint.options_of(settings))])
+    monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
+    monkeypatch.setattr(inpaint, "draw_pictures", lambda *_: None)
+    weights, out, run = small_vqgan.state_dict(), tmp_path / "out", tmp_path / "run"
+    torch.save({f"vqgan.{n}": w for n, w in weights.items()}, file := tmp_path / "VQGAN.pt")
+    torch.save(weights | {"quant_conv.bias": torch.ones(64)}, other := tmp_path / "other.pt")
+    small = ["--cartoons", 10, "--seed", 30, "--no-mirror", "--test-images", 8, "--device", "cpu", "--out", run]
+    small += ["--dim", 16, "--heads", 2, "--layers", 1, "--batch-size", 4, "--steps", 2]
+    call_inpaint(monkeypatch, "--vqgan", file, *small)
+    checkpoint = load_checkpoint(run / "model.pt")
+    digest = hashlib.sha256(b"".join(w.numpy() for w in weights.values()))
+    assert checkpoint["tokenizer"] is None and checkpoint["config"]["vqgan_sha256"] == digest.hexdigest()
+    assert set(json.loads((run / "metrics.json").read_text())["cross_entropy"]) == {"test", "seen"}
+    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
+    [filled] = filled_pairs(monkeypatch, run, tmp_path, "--vqgan", file, out="filled").values()
+    assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
+    files = ["--images", tmp_path / "masked_image", "--masks", tmp_path / "mask64", "--out", out]
+    filling, k_means = ["--checkpoint", run / "model.pt", *files], ["--checkpoint", inpaint_run / "model.pt"]
+    before = (run / "model.pt").read_bytes()
+    capsys.readouterr()
+    for *arguments, said in [
+        (*filling, "trained with a VQGAN: name its file by --vqgan"),
+        (*small, "--resume", "trained with a VQGAN: name its file by --vqgan"),
+        (*filling, "--vqgan", other, "trained with another VQGAN"),
+        (*filling, *k_means, "--vqgan", file, "trained without a VQGAN: leave out --vqgan"),
+        (*filling, "--vqgan", file, "--evidence", "--evidence needs a centroid in pixels"),
+        (*filling, "--vqgan", file, "--transformer", other, "no --checkpoint"),
+        (*files, "--transformer", other, "takes their --vqgan"),
+        (*files, "--vqgan", file, "name all three"),
+        ("--out", out, "--vqgan", file, "--size", 32, "pictures of 64x64"),
+    ]:
+        with pytest.raises((ValueError, SystemExit)) as error:
+            call_inpaint(monkeypatch, *arguments)
+        assert re.fullmatch(f"[^\n]*{said}[^\n]*", capsys.readouterr().err.strip() or str(error.value))
+    assert not out.exists() and (run / "model.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------
 # Several processes, as torchrun starts them, with gloo
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

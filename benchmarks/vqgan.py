@@ -1,0 +1,96 @@
+"""Time and memory of the reports' VQGAN and transformer: encode, decode, and fill in 10 steps.
+
+    python benchmarks/vqgan.py --json results/vqgan.json
+    python benchmarks/vqgan.py --vqgan VQGAN.pt --transformer best_val.pth --json figures.json
+
+Without files the weights are random, which changes neither time nor memory. Every measurement is a process of its own,
+so that its memory can be told: the peak, with the weights and what torch itself takes. Then the share of visible tokens
+that differ from those of the whole picture, once with grey holes, as the reports encode them, and once with a membrane
+in the holes, as inpaint.py does: only real weights can say which is better.
+"""
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import inpaint
+import vqgan
+from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, write_figures
+
+OPTIONS = {"steps": 10, "schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
+OPTIONS |= {"choice_temperature": 1.0, "evidence": False, "blend": True}
+
+
+def random_file(path, network):
+    torch.manual_seed(0)
+    weights = network().state_dict()
+    torch.save({name.replace("Attention.out", "Attention.proj"): tensor for name, tensor in weights.items()}, path)
+    return path
+
+
+def measure(what, count, tokenizer_file, transformer_file):
+    """A row: seconds per picture, the best of three, and the peak of this process in GB."""
+    tokenizer = vqgan.load_vqgan(tokenizer_file, pick_device(), "filling")
+    images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
+    codes = np.random.default_rng(0).integers(1024, size=(count, 16, 16))
+    if what == "fill":
+        checkpoint = {"model": vqgan.load_transformer(transformer_file, pick_device()), "tokenizer": tokenizer}
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        if what == "encode":
+            tokenizer.encode(images / np.float32(255))
+        elif what == "decode":
+            tokenizer.decode(codes)
+        else:
+            inpaint.fill(checkpoint, images, holes, OPTIONS)
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"what": what, "pictures": count, "seconds_per_picture": min(times) / count, "peak_gb": peak}
+
+
+def changed_tokens(count, tokenizer_file):
+    """{what is in the holes: share of the visible tokens that differ from those of the whole picture}."""
+    tokenizer = vqgan.load_vqgan(tokenizer_file, pick_device(), "filling")
+    images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
+    visible = ~holes.reshape(count, 16, 4, 16, 4).any(axis=(2, 4))
+    pixels = images / np.float32(255)
+    views = {"grey": inpaint.paste(pixels, holes, inpaint.GREY / 255), "membrane": inpaint.membrane(pixels, holes)}
+    whole = tokenizer.encode(pixels)
+    return {name: float((tokenizer.encode(view) != whole)[visible].mean()) for name, view in views.items()}
+
+
+def main():
+    parser = CommandLine(__doc__)
+    parser.add_argument("--vqgan", type=Path, help="default: random weights")
+    parser.add_argument("--transformer", type=Path, help="default: random weights")
+    parser.add_argument("--pictures", type=at_least(1), nargs="+", default=[1, 8], help="default %(default)s")
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    settings, rows = parser.parse_args(), []
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes,
+    ):
+        tokenizer = settings.vqgan or random_file(Path(folder, "VQGAN.pt"), vqgan.VQGAN)
+        transformer = settings.transformer or random_file(Path(folder, "best.pth"), vqgan.ReportTransformer)
+        for what in ("encode", "decode", "fill"):
+            for count in settings.pictures:
+                rows.append(processes.submit(measure, what, count, tokenizer, transformer).result())
+        changed = processes.submit(changed_tokens, max(settings.pictures), tokenizer).result()
+    write_figures(settings, {"threads": torch.get_num_threads(), "rows": rows, "changed": changed}, settings.json)
+    table = [[r["what"], str(r["pictures"]), f"{r['seconds_per_picture']:.2f}", f"{r['peak_gb']:.2f}"] for r in rows]
+    print_table(["work", "pictures", "seconds per picture", "peak, GB"], table)
+    print("visible tokens that change:", ", ".join(f"{name} {share:.1%}" for name, share in changed.items()))
+
+
+if __name__ == "__main__":
+    run_as_script(main)
