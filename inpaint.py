@@ -19,21 +19,23 @@ import functools
 import hashlib
 import itertools
 import math
+import pickle
 import re
 import sys
 import tempfile
 import time
-from collections import namedtuple
+import zipfile
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from torch import nn
 
 import fid
 import maskgit
-import vqgan
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
@@ -190,6 +192,219 @@ def cartoon_cat(rng, size):
 
 
 # ---------------------------------------------------------------------------------------------------
+# The reports' VQGAN and transformer
+#
+# R1 and R2 share a frozen VQGAN (Esser et al., Taming Transformers, CVPR 2021). Written from a description of its
+# file; the attributes of the modules are the names in it.
+
+VQGAN_AT_ONCE = 16  # pictures: 1 GB
+PIXELS = {  # mean and deviation of red, green and blue: those that the reports train by, and those they fill by
+    "training": ((0.4816, 0.4324, 0.3845), (0.2602, 0.2518, 0.2537)),
+    "filling": ((0.4868, 0.4341, 0.3844), (0.2620, 0.2527, 0.2543)),
+}
+# Query, key and value, in one matrix or three, then the output: each student's own names.
+ATTENTION_NAMES = ["qkv proj", "to_qkv proj", "q_linear k_linear v_linear out_linear"]
+ATTENTION_NAMES += ["query key value output_layer", "Wq Wk Wv out"]
+
+
+def named(**modules):
+    return nn.Sequential(OrderedDict(modules))
+
+
+def group_norm(width):
+    return named(gn=nn.GroupNorm(32, width, eps=1e-6))
+
+
+def conv3(width, out):
+    return nn.Conv2d(width, out, 3, padding=1)
+
+
+def residuals(*widths):
+    return [Residual(width, out) for width, out in itertools.pairwise(widths)]
+
+
+class Residual(nn.Module):
+    """(B, width, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        halves = [[group_norm(a), nn.SiLU(), conv3(a, out)] for a in (width, out)]
+        self.block = nn.Sequential(*halves[0], *halves[1])
+        self.channel_up = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+
+    def forward(self, x):
+        return self.channel_up(x) + self.block(x)
+
+
+class NonLocal(nn.Module):
+    """Attention of one head over all positions: (B, width, H, W) -> (B, width, H, W)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = group_norm(width)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        normed = self.norm(x)
+        qkv = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, H * W, width) each
+        return x + self.proj_out(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(x.shape))
+
+
+class VQGAN(nn.Module):
+    """The reports' tokenizer: 64x64 pictures as 16x16 of 1024 codes, from and to numpy as PatchTokenizer has them. A
+    code depends on the whole picture, and a picture on all codes."""
+
+    patch = 4
+
+    def __init__(self, width=128, pixels="training"):
+        super().__init__()
+        self.mean, self.std = np.array(PIXELS[pixels], np.float32)
+        a, b, c = width, 2 * width, 4 * width
+        down, up = (  # they halve and double the sides
+            [named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(w, w, 3, stride=2)) for w in (b, c)],
+            [named(nearest=nn.Upsample(scale_factor=2), conv=conv3(w, w)) for w in (c, b)],
+        )
+        encoder = [conv3(3, a), *residuals(a, a, a, a, a, b, b), down[0], *residuals(b, b, b, c, c), down[1]]
+        encoder += [Residual(c, c), NonLocal(c), Residual(c, c), group_norm(c), nn.SiLU(), conv3(c, b)]
+        decoder = [conv3(b, c), Residual(c, c), NonLocal(c), Residual(c, c)]
+        decoder += [layer for _ in range(3) for layer in (Residual(c, c), NonLocal(c))]
+        decoder += [up[0], *residuals(c, b, b, b, b, b, b), up[1], *residuals(b, a, a, a, a, a, a)]
+        decoder += [group_norm(a), conv3(a, 3)]
+        self.encoder, self.decoder = (named(model=nn.Sequential(*layers)) for layers in (encoder, decoder))
+        self.codebook = named(embedding=nn.Embedding(1024, b))
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(b, b, 1), nn.Conv2d(b, b, 1)
+
+    @property
+    def centroids(self):
+        """The codebook (1024, 256), in the space of latents."""
+        return self.codebook.embedding.weight.detach().cpu().numpy()
+
+    @torch.inference_mode()
+    def encode(self, images):
+        """Images (B, 64, 64, 3) in [0, 1] -> codes (B, 16, 16)."""
+        codes = []
+        for start in range(0, len(images), VQGAN_AT_ONCE):
+            pixels = torch.from_numpy((images[start : start + VQGAN_AT_ONCE] - self.mean) / self.std)
+            pixels = pixels.permute(0, 3, 1, 2).to(self.quant_conv.weight)  # (b, 3, 64, 64)
+            latents = self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1).cpu().numpy()  # (b, 16, 16, 256)
+            nearest = maskgit.nearest_centroid(latents.reshape(-1, latents.shape[-1]), self.centroids)
+            codes.append(nearest.reshape(latents.shape[:3]))
+        return np.concatenate(codes)
+
+    @torch.inference_mode()
+    def decode(self, ids):
+        """Codes (B, 16, 16) -> images (B, 64, 64, 3) in [0, 1]."""
+        images = []
+        for part in torch.from_numpy(ids).to(self.quant_conv.weight.device).split(VQGAN_AT_ONCE):
+            latents = self.codebook.embedding(part).permute(0, 3, 1, 2)  # (b, 256, 16, 16)
+            pixels = self.decoder(self.post_quant_conv(latents)).permute(0, 2, 3, 1).cpu().numpy()
+            images.append((pixels * self.std + self.mean).clip(0, 1))
+        return np.concatenate(images)
+
+
+class ReportBlock(nn.Module):
+    """(B, T, 768) -> (B, T, 768), normalised after each sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.Attention = maskgit.Attention(768, 16)
+        self.LayerNorm1, self.LayerNorm2 = nn.LayerNorm(768, eps=1e-12), nn.LayerNorm(768, eps=1e-12)
+        self.MLP = nn.Sequential(nn.Linear(768, 1536), nn.GELU(), nn.Linear(1536, 768))
+
+    def forward(self, x):
+        x = self.LayerNorm1(x + self.Attention(x))
+        return self.LayerNorm2(x + self.MLP(x))
+
+
+class ReportTransformer(nn.Module):
+    """The reports' transformer, for decode: tokens (B, 256) -> logits (B, 256, 1024), without that of [MASK]. It knows
+    its positions, whatever the coordinates."""
+
+    mask_id = 1024
+
+    def __init__(self):
+        super().__init__()
+        self.tok_emb, self.pos_emb = nn.Embedding(1025, 768), nn.Parameter(torch.zeros(256, 768))
+        self.LN = nn.LayerNorm(768, eps=1e-12)
+        self.blocks = nn.Sequential(*(ReportBlock() for _ in range(15)))
+        self.Token_Prediction = nn.Sequential(nn.Linear(768, 768), nn.GELU(), nn.LayerNorm(768, eps=1e-12))
+        self.bias = nn.Parameter(torch.zeros(256, 1025))
+
+    def forward(self, tokens, coords=None):
+        x = self.blocks(self.LN(self.tok_emb(tokens) + self.pos_emb))  # (B, 256, 768)
+        return (F.linear(self.Token_Prediction(x), self.tok_emb.weight) + self.bias)[..., : self.mask_id]
+
+
+def load_vqgan(path, device, pixels="training"):
+    """The VQGAN in a file, with the SHA-256 of its weights."""
+    with torch.device("meta"):
+        network = VQGAN(pixels=pixels)
+    digest = hashlib.sha256()
+    for tensor in load_weights(network, path, "vqgan").state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    network.sha256 = digest.hexdigest()
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def load_transformer(path, device):
+    with torch.device("meta"):
+        network = ReportTransformer()
+    return load_weights(network, path, "transformer", one_attention).to(device)
+
+
+def load_weights(network, path, part, adapt=dict):
+    """The network with the weights of a stranger's file: they are the whole of it, lie under "model", or are that part
+    of a whole MaskGIT whose names begin with "vqgan." or "transformer."; adapt(weights) gives them the network's names.
+    ValueError if they are of anything else."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"{broken} has another checksum")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(weights.get("model"), dict) and not any("." in name for name in weights):
+            weights = weights["model"]
+        if {name.partition(".")[0] for name in weights} <= {"vqgan", "transformer"}:
+            weights = {name.partition(".")[2]: weights[name] for name in weights if name.startswith(part)}
+        weights = adapt(weights)
+        shapes = [{n: tuple(getattr(w, "shape", ())) for n, w in s.items()} for s in (network.state_dict(), weights)]
+        if wrong := [n for n in sorted(shapes[0] | shapes[1]) if shapes[0].get(n) != shapes[1].get(n)]:
+            want, have = shapes[0].get(wrong[0], "nothing"), shapes[1].get(wrong[0], "missing")
+            first = f"{wrong[0]!r} is {have} where {want} is expected"
+            raise ValueError(f"{len(wrong)} keys do not fit: {first}; {keys_of(weights)}")
+        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
+            raise ValueError("some of its weights are no numbers")
+        network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    except Exception as error:  # torch.load raises half a dozen types on damaged files
+        reason = "it is damaged or asks to run code" if isinstance(error, pickle.UnpicklingError) else error
+        raise ValueError(f"{path} does not hold the reports' {part}: {reason}".splitlines()[0]) from None
+    return network.eval()
+
+
+def one_attention(weights):
+    """A transformer's weights whose attention has one of ATTENTION_NAMES, by the names of maskgit.Attention."""
+    found = {match[1] for name in weights if (match := re.match(r"blocks\.\d+\.Attention\.(\w+)", name))}
+    known = next((names.split() for names in ATTENTION_NAMES if set(names.split()) == found), None)
+    if not known:
+        raise ValueError(f"its attention has {', '.join(sorted(found)) or 'no names'}; {keys_of(weights)}")
+    *inputs, output = known
+    weights = {name.replace(f".Attention.{output}.", ".Attention.out."): weights[name] for name in weights}
+    for i, kind in itertools.product(range(15), ("weight", "bias")):
+        names = [f"blocks.{i}.Attention.{name}.{kind}" for name in inputs]
+        parts = [weights.pop(name) for name in names if name in weights]
+        if len(parts) == len(inputs):
+            weights[f"blocks.{i}.Attention.qkv.{kind}"] = torch.stack(parts).flatten(0, 1)
+        elif kind == "bias" and not parts:
+            weights[f"blocks.{i}.Attention.qkv.bias"] = torch.zeros(3 * 768)  # R1 has none
+    return weights
+
+
+def keys_of(weights):
+    return f"its {len(weights)} keys are {', '.join(map(repr, list(weights)[:6]))}" + ", ..." * (len(weights) > 6)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Holes and what fills them
 
 
@@ -232,17 +447,15 @@ def half_hole(rng, size):
 HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 
 
-def model_input(checkpoint, images, holes, informed, targets=True):
+def model_input(checkpoint, images, holes, informed):
     """What decode takes, on the model's device: tokens (B, T), mask (B, T), coords (T, 2) and evidence, or without
-    being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S). With
-    `targets` the hidden tokens are the true ones, otherwise any. As a VQGAN's tokens depend on the whole picture, those
-    that are visible are encoded with a membrane in the hole."""
+    being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S)."""
     tokenizer, device = checkpoint["tokenizer"], next(checkpoint["model"].parameters()).device
-    pixels, sees_holes = images / np.float32(255), isinstance(tokenizer, vqgan.VQGAN)
+    pixels = images / np.float32(255)
     hidden = maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).any(axis=-1)
-    codes = tokenizer.encode(membrane(pixels, holes) if sees_holes else pixels)
-    if sees_holes and targets:
-        codes = np.where(hidden, tokenizer.encode(pixels), codes)
+    codes = tokenizer.encode(pixels)
+    if isinstance(tokenizer, VQGAN):  # whose visible tokens show what is hidden, too
+        codes = np.where(hidden, codes, tokenizer.encode(membrane(pixels, holes)))
     codes = torch.from_numpy(codes)  # (B, h, w)
     tensors = codes.flatten(1), torch.from_numpy(hidden).flatten(1), maskgit.grid_coords(*codes.shape[1:])
     evidence = pixel_evidence(tokenizer, images, holes).to(device) if informed else None
@@ -253,7 +466,7 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint.
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
     to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too."""
-    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"], targets=False)
+    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"])
     own = ("evidence", "blend", "choice_temperature")
     decoding = {name: value for name, value in options.items() if name not in own}
     if options["order"] == "confidence":
@@ -354,15 +567,15 @@ def train_model(settings, tokenizer, split, device, may_change):
         return tokens, maskgit.training_mask(shape, settings.mask, generator, coords), coords
 
     test = with_holes(split.validation[: settings.validation_images], settings.hole, VALIDATION_SEED)
-    own = None if isinstance(tokenizer, vqgan.VQGAN) else tokenizer
-    options = {"out": settings.out, "tokenizer": own, "may_change": may_change, "best_by": "validation"}
-    encoded = []  # at the first call
+    inputs = []
 
     def validate(model):
-        encoded.extend([] if encoded else input_batches({"model": model, "tokenizer": tokenizer}, *test))
-        return {"validation": mean_cross_entropy(model, encoded)}
+        if not inputs:
+            inputs.extend(input_batches({"model": model, "tokenizer": tokenizer}, *test))
+        return {"validation": cross_entropy(model, inputs)}
 
-    options["validate"] = validate
+    options = {"out": settings.out, "may_change": may_change, "best_by": "validation", "validate": validate}
+    options["tokenizer"] = None if isinstance(tokenizer, VQGAN) else tokenizer
     options |= {"betas": tuple(settings.betas), "every_position": settings.loss == "all"}
     return maskgit.train_as_set(settings, settings.codes, batch, device, **options)
 
@@ -374,15 +587,11 @@ def input_batches(checkpoint, images, holes, informed=False):
         yield model_input(checkpoint, images[rows], holes[rows], informed)
 
 
-def cross_entropy(checkpoint, images, holes, informed=False):
-    """Nats per hidden token, all of them hidden at once; if `informed` their visible pixels count too."""
-    return mean_cross_entropy(checkpoint["model"], input_batches(checkpoint, images, holes, informed))
-
-
 @torch.no_grad()
-def mean_cross_entropy(model, batches):
+def cross_entropy(model, inputs):
+    """Nats per hidden token of input_batches, all of them hidden at once."""
     total, count = 0.0, 0
-    for tokens, mask, coords, evidence in batches:
+    for tokens, mask, coords, evidence in inputs:
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
         logits = logits if evidence is None else logits + evidence
@@ -441,7 +650,7 @@ def inception_scores(network, *sets):
 
 def score(checkpoint, test, seen, settings):
     """All scores of a run: of test images with holes, and for comparison of some that were seen in training."""
-    (images, holes), tokenizer = test, checkpoint["tokenizer"]
+    (images, holes), model, tokenizer = test, checkpoint["model"], checkpoint["tokenizer"]
     tokens, mask, *_ = model_input(checkpoint, images, holes, informed=False)
     network = inception_network(settings.weights, tokens.device)
 
@@ -462,9 +671,11 @@ def score(checkpoint, test, seen, settings):
     as_set = {"seen": seen} | {kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}
     for name, other in as_set.items():
         as_set[name] = picture_scores(*other, fill_in_batches(checkpoint, *other, options_of(settings)))
-    entropies = {"test": cross_entropy(checkpoint, *test), "seen": cross_entropy(checkpoint, *seen)}
-    if not isinstance(tokenizer, vqgan.VQGAN):
-        entropies["with evidence"] = cross_entropy(checkpoint, *test, informed=True)
+    entropies = {
+        name: cross_entropy(model, input_batches(checkpoint, *of)) for name, of in (("test", test), ("seen", seen))
+    }
+    if not isinstance(tokenizer, VQGAN):
+        entropies["with evidence"] = cross_entropy(model, input_batches(checkpoint, *test, informed=True))
     hidden = {"pixels": float(holes.mean()), "tokens": float(mask.float().mean())}
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
@@ -606,9 +817,9 @@ def tokenizer_of(checkpoint, path, at_hand):
 def open_model(settings):
     """The model that fills with its tokenizer, and the size of its pictures: the reports', or those of a checkpoint."""
     device, pixels = maskgit.pick_device(settings.device), "filling" if settings.transformer else "training"
-    tokenizer = settings.vqgan and vqgan.load_vqgan(settings.vqgan, device, pixels)
+    tokenizer = settings.vqgan and load_vqgan(settings.vqgan, device, pixels)
     if settings.transformer:
-        return {"model": vqgan.load_transformer(settings.transformer, device), "tokenizer": tokenizer}, settings.size
+        return {"model": load_transformer(settings.transformer, device), "tokenizer": tokenizer}, settings.size
     checkpoint = maskgit.load_checkpoint(settings.checkpoint, device)
     tokenizer = tokenizer_of(checkpoint, settings.checkpoint, tokenizer)
     if tokenizer is None or "size" not in (checkpoint["config"] or {}):
@@ -727,7 +938,7 @@ def main():
         fill_files(settings)
         return
     device, started = maskgit.open_run(settings), time.monotonic()
-    tokenizer = settings.vqgan and vqgan.load_vqgan(settings.vqgan, device)
+    tokenizer = settings.vqgan and load_vqgan(settings.vqgan, device)
     settings.vqgan_sha256 = tokenizer and tokenizer.sha256
     if settings.resume:
         path = settings.out / "model.pt"

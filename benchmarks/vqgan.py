@@ -22,7 +22,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint
-import vqgan
 from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, write_figures
 
 OPTIONS = {"steps": 10, "schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
@@ -38,11 +37,11 @@ def random_file(path, network):
 
 def measure(what, count, tokenizer_file, transformer_file):
     """A row: seconds per picture, the best of three, and the peak of this process in GB."""
-    tokenizer = vqgan.load_vqgan(tokenizer_file, pick_device(), "filling")
+    tokenizer = inpaint.load_vqgan(tokenizer_file, pick_device(), "filling")
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
     codes = np.random.default_rng(0).integers(1024, size=(count, 16, 16))
     if what == "fill":
-        checkpoint = {"model": vqgan.load_transformer(transformer_file, pick_device()), "tokenizer": tokenizer}
+        checkpoint = {"model": inpaint.load_transformer(transformer_file, pick_device()), "tokenizer": tokenizer}
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -59,7 +58,7 @@ def measure(what, count, tokenizer_file, transformer_file):
 
 def changed_tokens(count, tokenizer_file):
     """{what is in the holes: share of the visible tokens that differ from those of the whole picture}."""
-    tokenizer = vqgan.load_vqgan(tokenizer_file, pick_device(), "filling")
+    tokenizer = inpaint.load_vqgan(tokenizer_file, pick_device(), "filling")
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
     visible = ~holes.reshape(count, 16, 4, 16, 4).any(axis=(2, 4))
     pixels = images / np.float32(255)
@@ -80,8 +79,8 @@ def main():
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as processes,
     ):
-        tokenizer = settings.vqgan or random_file(Path(folder, "VQGAN.pt"), vqgan.VQGAN)
-        transformer = settings.transformer or random_file(Path(folder, "best.pth"), vqgan.ReportTransformer)
+        tokenizer = settings.vqgan or random_file(Path(folder, "VQGAN.pt"), inpaint.VQGAN)
+        transformer = settings.transformer or random_file(Path(folder, "best.pth"), inpaint.ReportTransformer)
         for what in ("encode", "decode", "fill"):
             for count in settings.pictures:
                 rows.append(processes.submit(measure, what, count, tokenizer, transformer).result())
