@@ -1848,7 +1848,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
         (*filling, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
         (*TINY_CATS, "--out", out, "--data", empty, "holds no pictures"),
         (*TINY_CATS, "--out", out, "--data", images, "too few"),
-        ("--checkpoint", other, "name both"),
+        ("--checkpoint", other, "name all three"),
         ("--size", "30", "is not divisible by"),
         ("--patch", "0", "0 is below 1"),
         ("--schedules", "linear,cubist", "unknown schedule 'cubist'"),
