@@ -902,9 +902,7 @@ def parse_arguments():
     add("--sample", choices=("categorical", "argmax"), default="categorical")
     add("--temperature", type=maskgit.at_least(1e-6, float), default=0.7)
     add("--choice-temperature", type=maskgit.at_least(0.0, float), default=1.0)
-    add(
-        "--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; default: not with --vqgan"
-    )
+    add("--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; not with --vqgan")
     add("--blend", action=yes_no, default=True, help="shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
@@ -967,7 +965,8 @@ def main():
     draw_pictures(checkpoint, images[:8], holes[:8], history, settings)
     print("seconds: " + ", ".join(f"{name} {value}" for name, value in figures["seconds"].items()))
     print("pictures:", *sorted(settings.out.glob("*.png")), settings.out / "decode.gif")
-    print(f"fill your own: python inpaint.py --checkpoint {settings.out}/model.pt --images DIR --masks DIR --out DIR")
+    model = f"{settings.out}/model.pt" + (f" --vqgan {settings.vqgan}" if settings.vqgan else "")
+    print(f"fill your own: python inpaint.py --checkpoint {model} --images DIR --masks DIR --out DIR")
 
 
 if __name__ == "__main__":
