@@ -447,15 +447,17 @@ def half_hole(rng, size):
 HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 
 
-def model_input(checkpoint, images, holes, informed):
+def model_input(checkpoint, images, holes, informed, targets=True):
     """What decode takes, on the model's device: tokens (B, T), mask (B, T), coords (T, 2) and evidence, or without
-    being `informed` None. A token with any hole pixel is hidden. Images are uint8 (B, S, S, 3), holes (B, S, S)."""
+    being `informed` None. A token with any hole pixel is hidden; with `targets` it is the true one, or else any. Images
+    are uint8 (B, S, S, 3), holes (B, S, S). A VQGAN's tokens depend on the hole, which a membrane covers for it."""
     tokenizer, device = checkpoint["tokenizer"], next(checkpoint["model"].parameters()).device
     pixels = images / np.float32(255)
     hidden = maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).any(axis=-1)
-    codes = tokenizer.encode(pixels)
-    if isinstance(tokenizer, VQGAN):  # whose visible tokens show what is hidden, too
-        codes = np.where(hidden, codes, tokenizer.encode(membrane(pixels, holes)))
+    shown = membrane(pixels, holes) if isinstance(tokenizer, VQGAN) else pixels
+    codes = tokenizer.encode(shown)
+    if targets and shown is not pixels:
+        codes = np.where(hidden, tokenizer.encode(pixels), codes)
     codes = torch.from_numpy(codes)  # (B, h, w)
     tensors = codes.flatten(1), torch.from_numpy(hidden).flatten(1), maskgit.grid_coords(*codes.shape[1:])
     evidence = pixel_evidence(tokenizer, images, holes).to(device) if informed else None
@@ -466,7 +468,7 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint.
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
     to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too."""
-    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"])
+    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"], targets=False)
     own = ("evidence", "blend", "choice_temperature")
     decoding = {name: value for name, value in options.items() if name not in own}
     if options["order"] == "confidence":

@@ -2072,9 +2072,10 @@ def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
     images[1][holes[1]] = 255 - images[1][holes[1]]
     true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
     checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
-    tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
-    assert (true[0] != true[1])[~mask[0]].any() and torch.equal(tokens[0][~mask[0]], tokens[1][~mask[1]])
-    assert torch.equal(tokens[mask], true[mask])
+    for targets in (True, False):
+        tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)
+        assert (true[0] != true[1])[~mask[0]].any() and torch.equal(tokens[0][~mask[0]], tokens[1][~mask[1]])
+        assert torch.equal(tokens[mask], true[mask]) == targets
 
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):

@@ -107,7 +107,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
         ("(pictures, pictures[:, :, ::-1])", "(pictures, pictures[:, ::-1])"),
         ("c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.01, 0.03"),
-        ("np.where(hidden, codes, tokenizer.encode(membrane(pixels, holes)))", "codes"),
+        ("membrane(pixels, holes) if isinstance(tokenizer, VQGAN) else pixels", "pixels"),
         ("options, maskgit.step_seed(seed, start))", "options, seed)"),
         ('"best_by": "validation"', '"best_by": None'),
         ("visible < 128", "visible > 128"),
