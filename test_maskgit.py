@@ -1203,6 +1203,8 @@ def test_presets_carry_the_sources_numbers(monkeypatch):
 
 def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
+    for count in ("TEST_COUNT", "VALIDATION_COUNT"):
+        monkeypatch.setattr(train_squares, count, 16)
     ablation = runpy.run_path(str(HERE / "benchmarks" / "ablation.py"))
     recipe, variants = ablation["S1_RECIPE"], ablation["variants"]()
     changed = {name: sum(recipe[key] != value for key, value in v.items()) for name, v in variants.items()}

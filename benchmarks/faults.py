@@ -166,9 +166,8 @@ def tests_of(file, piece):
 
 
 def copy_of_project(folder):
-    """The folder, with copies of the files that git tracks beside this project's README, and of the samplers."""
-    (folder / "benchmarks").mkdir(parents=True)
-    shutil.copy(ROOT / "benchmarks" / "samplers.py", folder / "benchmarks")
+    """The folder, with copies of the files that git tracks beside this project's README, and of the benchmarks."""
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout
     for name in listed.splitlines():
         if "/" not in name:
@@ -218,7 +217,7 @@ def main():
     parser.add_argument("--limit", type=at_least(60), default=900, help="seconds of one run of the tests")
     settings = parser.parse_args()
     rows = []
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it, but tests send it
+
     faults = [(file, *fault) for file, listed in FAULTS.items() for fault in listed]
     faults = [fault for fault in faults if any(settings.only in text for text in fault)]
     if not faults:
