@@ -838,15 +838,16 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("before", [0, 2])
-def test_of_two_runs_in_one_folder_the_later_to_save_ends(before, tmp_path):
+@pytest.mark.parametrize("checkpoint_steps", [3, 6])
+def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint_steps, tmp_path):
     def another_begins(step):
         if step == 4:
             trained(steps=2, out=tmp_path)
+            os.utime(tmp_path / "model.pt", (later := time.time() + 5, later))  # as if it had taken so long
         return striped_batch(step)
 
-    trained(steps=before, out=tmp_path)
-    assert "another run has written" in refusal(trained, another_begins, steps=6, checkpoint_steps=3, out=tmp_path)
+    options = {"steps": 6, "checkpoint_steps": checkpoint_steps, "out": tmp_path}
+    assert "another run has written" in refusal(trained, another_begins, **options)
     assert saved(tmp_path)["step"] == 2
     trained(steps=4, checkpoint_steps=1, out=tmp_path)  # one after the other
     assert saved(tmp_path)["step"] == 4

@@ -118,7 +118,9 @@ def disturb(folder):
     long = command("train_squares", *run, "--steps", 100_000, "--out", folder / "long")
     process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder / "long" / "model.pt")
-    call = finished("train_squares", *run, "--steps", 5, "--out", folder / "long", "--force")
+    call = finished(
+        "train_squares", *run, "--steps", 1000, "--checkpoint-steps", 1000, "--out", folder / "long", "--force"
+    )
     found["a folder that a run is writing to, --force: one line"] = ends_in_one_line(call)
     shutil.rmtree(folder / "long")
     wait_for(folder / "long" / "model.pt")
