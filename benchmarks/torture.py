@@ -361,6 +361,7 @@ def main():
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     settings = parser.parse_args()
     rng = random.Random(settings.seed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background, and what it starts, ignores it
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         files, bad_files = fuzz_files(scratch / "files", settings.files, rng)
