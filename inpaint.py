@@ -24,7 +24,6 @@ import re
 import sys
 import tempfile
 import time
-import zipfile
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 
@@ -359,10 +358,7 @@ def load_weights(network, path, part, adapt=dict):
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():  # torch.load does not compare the checksums
-                raise ValueError(f"{broken} has another checksum")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = maskgit.read_tensors(path, "cpu")
         if isinstance(weights.get("model"), dict) and not any("." in name for name in weights):
             weights = weights["model"]
         if {name.partition(".")[0] for name in weights} <= {"vqgan", "transformer"}:

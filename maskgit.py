@@ -68,7 +68,11 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
         raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
     if min(k, restarts, max_iter) < 1:
         raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
-    if (distinct := len(np.unique(points, axis=0))) < k:
+    looked_at, distinct = 0, 0
+    while distinct < k and looked_at < len(points):  # no more of them than it takes
+        looked_at = min(len(points), max(2 * k, 2 * looked_at))
+        distinct = len(np.unique(points[:looked_at], axis=0))
+    if distinct < k:
         raise ValueError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
@@ -106,8 +110,7 @@ def lloyd(points, centroids, max_iter, tol):
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
-            distances = np.square(points - centroids[labels]).sum(axis=1)
-            moved[empty] = points[distances.argsort()[-len(empty) :]]
+            moved[empty] = points[squared_distances(points, centroids, labels).argsort()[-len(empty) :]]
         shift = np.square(moved - centroids).sum()
         centroids, before = moved, labels
         labels = nearest_centroid(points, centroids)
@@ -115,8 +118,7 @@ def lloyd(points, centroids, max_iter, tol):
         sums += cluster_sums(points[changed], labels[changed], k) - cluster_sums(points[changed], before[changed], k)
         if shift <= enough:
             break
-    inertia = np.square(points - centroids[labels]).sum(dtype=np.float64)
-    return KMeansResult(centroids, labels, float(inertia), iteration)
+    return KMeansResult(centroids, labels, float(squared_distances(points, centroids, labels).sum()), iteration)
 
 
 def nearest_centroid(points, centroids, block=1024):
@@ -138,6 +140,11 @@ def nearest_centroid(points, centroids, block=1024):
 def cluster_sums(points, labels, k):
     """The sum of each cluster's points (N, D): (k, D) float64."""
     return np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)
+
+
+def squared_distances(points, centroids, labels):
+    """Of each point (N, D) to the centroid that its label names: (N,) float64; axis by axis, to save memory."""
+    return sum(np.square(x - c[labels], dtype=np.float64) for x, c in zip(points.T, centroids.T, strict=True))
 
 
 class PatchTokenizer:
@@ -662,7 +669,7 @@ def train(
         run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
         if rank == 0:
             last = run.step == steps
-            if out:
+            if out:  # at the first step, since it may be impossible, and whenever somebody has removed it
                 run.path.parent.mkdir(parents=True, exist_ok=True)
             run.print_progress(steps)
             if last or run.step % log_steps == 0:
@@ -710,7 +717,7 @@ class Run:
         self.step, self.seconds, self.history, self.loss_sum = 0, 0.0, [], 0.0  # the sum: since the last row of history
         self.visited = None  # tokens and mask of the on-policy rows
         self.started = self.printed = self.saved = time.monotonic()
-        self.found = self.written()
+        self.last_known = self.written()
 
     def go_on(self, count, tokens, mask, coords):
         """The batch, the last `count` rows being those on-policy rows that are not finished, or its own."""
@@ -787,11 +794,11 @@ class Run:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         training = dict(progress=progress, model=self.model.state_dict(), optimizers=optimizers)
         if self.path:
-            if self.written() > self.found + 2:  # not all file systems are exact to the second
+            if self.written() > self.last_known + 2:  # not all file systems are exact to the second
                 raise ValueError(f"another run has written {self.path}; --out renames")
             belongings = dict(tokenizer=tokenizer, config=config, step=self.step, training=training)
             save_checkpoint(self.path, self.best or self.model, **belongings)
-        self.found, self.saved = self.written(), time.monotonic()
+        self.last_known, self.saved = self.written(), time.monotonic()
 
     def resume(self, config, device):
         """Go on where the run that wrote the checkpoint stopped; ValueError if that had another config."""
@@ -868,6 +875,14 @@ def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, trainin
         partial.unlink(missing_ok=True)
 
 
+def read_tensors(path, device):
+    """What torch.save has written, without running code in it; an error if a checksum is wrong."""
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():  # torch.load does not compare them
+            raise ValueError(f"{broken} has another checksum")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer, or
     None where the tokens are the pixels), config, step, and training, which train(resume=True) goes on from.
@@ -875,10 +890,7 @@ def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():  # torch.load does not compare the checksums
-                raise ValueError(f"{broken} has another checksum")
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = read_tensors(path, device)
         model = MaskGIT(**saved["architecture"]).to(device).eval()
         model.load_state_dict(saved["weights"])
         tokenizer = saved.get("tokenizer")

@@ -46,16 +46,12 @@ def cosine_head_limit(prior, kind, count):
     return torch.nn.functional.binary_cross_entropy(white.clamp(least, 1 - least), white).item()
 
 
-def parse_arguments():
+def main():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=maskgit.at_least(1), default=500, help="of each training")
-    return parser.parse_args()
-
-
-def main():
-    settings = parse_arguments()
+    settings = parser.parse_args()
     device, prior = maskgit.pick_device(settings.device), train_squares.all_squares(8, 2, 5)
     sys.argv = ["train_squares.py", "--steps", str(settings.steps)]
     default, rows, curves, table = train_squares.parse_arguments(), [], {}, []

@@ -29,7 +29,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
     "maskgit.py": [
         ("key=lambda run: run.inertia", "key=lambda run: -run.inertia"),
         ("np.minimum(closest, distances.clip(min=0))", "distances.clip(min=0)"),
-        ("distances.argsort()[-len(empty) :]", "distances.argsort()[: len(empty)]"),
+        (".argsort()[-len(empty) :]", ".argsort()[: len(empty)]"),
         ("[-2 * centred.T,", "[-centred.T,"),
         ("count[rows, columns] += 1", "count[rows, columns] = 1"),
         ("windows.transpose(0, 1, 2, 4, 5, 3)", "windows.transpose(0, 1, 2, 5, 4, 3)"),
@@ -60,7 +60,8 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN", "torch.zeros(1)"),
         ("torch.where(unfinished, *parts)", "parts[1]"),
         ("mask[rows[image], place] = ~policy(", "mask[rows[image], place] = False & policy("),
-        ("if self.written() > self.found + 2:", "if False:"),
+        ("if self.written() > self.last_known + 2:", "if False:"),
+        ("time.monotonic() - run.saved > 120", "time.monotonic() - run.saved > 300"),
         ('"history", "visited")', '"history")'),
         ("clip_grad_norm_(self.model.parameters(), clip)", "clip_grad_norm_(self.model.parameters(), math.inf)"),
         ("max(0, step - warmup) / max(1, steps - warmup)", "max(0, step - warmup) / max(1, steps)"),
@@ -117,7 +118,6 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("nn.ZeroPad2d((0, 1, 0, 1))", "nn.ZeroPad2d((1, 0, 1, 0))"),
         ("return x + self.proj_out(", "return normed + self.proj_out("),
         ("self.tok_emb(tokens) + self.pos_emb)", "self.tok_emb(tokens))"),
-        ('map_location="cpu", weights_only=True)', 'map_location="cpu", weights_only=False)'),
         ("torch.stack(parts).flatten(0, 1)", "torch.stack(parts[::-1]).flatten(0, 1)"),
     ],
     "fid.py": [
