@@ -2091,7 +2091,8 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatc
     torch.save(weights | {"quant_conv.bias": torch.ones(64)}, other := tmp_path / "other.pt")
     small = ["--cartoons", 10, "--seed", 30, "--no-mirror", "--test-images", 8, "--device", "cpu", "--out", run]
     small += ["--dim", 16, "--heads", 2, "--layers", 1, "--batch-size", 4, "--steps", 2]
-    assert call(inpaint, "--vqgan", file, *small) == 0
+    for resumed in ([], ["--resume"]):
+        assert call(inpaint, "--vqgan", file, *small, *resumed) == 0
     digest = hashlib.sha256(b"".join(w.numpy() for w in weights.values()))
     assert saved(run)["tokenizer"] is None and saved(run)["config"]["vqgan_sha256"] == digest.hexdigest()
     assert set(json.loads((run / "metrics.json").read_text())["cross_entropy"]) == {"test", "seen"}
