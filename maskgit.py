@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 
 def require_choice(what, value, choices):
@@ -221,7 +222,7 @@ def position_encoding(coords, dim, layout="split"):
     if dim % 4:
         raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
     require_choice("position layout", layout, ("split", "printed"))
-    index = torch.arange(dim, device=coords.device)  # made where it is used: a GPU would wait for a copy
+    index = torch.arange(dim, device=coords.device)
     exponent = index / dim if layout == "printed" else index % (dim // 2) // 2 * 2 / (dim / 2)
     values = coords.float().repeat_interleave(dim // 2, dim=-1)  # (..., dim): x ... x, y ... y
     angles = values * 10000.0**-exponent
@@ -532,42 +533,35 @@ def decode(
     check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, temperature, stop_after)
     tokens, hidden, memory = tokens.masked_fill(mask, model.mask_id), mask.clone(), {}
     all_coords, last_step = coords.expand(*tokens.shape, 2), min(steps, stop_after or steps)
-    left = hidden.sum(dim=1).cpu().numpy()  # (B,): how many tokens of each image are hidden
-    scheduled = np.floor([gamma(t / steps) * left for t in range(last_step)] + [0 * left]).astype(np.int64)
-    scheduled_there = torch.from_numpy(scheduled).to(tokens.device)  # (last_step + 1, B)
-    undefined = torch.zeros((), dtype=torch.bool, device=tokens.device)
-    with evaluation_mode(model):
-        for t in range(1, last_step + 1):
-            if not left.any():
-                break
-            # With the sizes known, the device need not be waited for: b unfinished images, n hidden tokens.
-            rows = torch.nonzero_static(hidden.any(dim=1), size=np.count_nonzero(left))[:, 0]
-            row, place = torch.nonzero_static(hidden[rows], size=int(left.sum())).unbind(dim=1)
-            image, had = rows[row], hidden.sum(dim=1)
-            logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])[row, place].float()  # (n, K)
-            if evidence is not None:
-                logits = logits + evidence[image, place]
-            log_probs = (logits / temperature).log_softmax(dim=-1)
-            undefined |= log_probs.isnan().any()
-            values = log_probs.argmax(dim=-1) if sample == "argmax" else draw(log_probs, generator)
+    at_start = hidden.sum(dim=1)  # (B,)
+    for t in range(1, last_step + 1):
+        rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished
+        if not len(rows):
+            break
+        row, place = hidden[rows].nonzero(as_tuple=True)  # their n hidden tokens
+        image, had = rows[row], hidden.sum(dim=1)
+        logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])[row, place].float()  # (n, K)
+        if evidence is not None:
+            logits = logits + evidence[image, place]
+        log_probs = (logits / temperature).log_softmax(dim=-1)
+        if log_probs.isnan().any():
+            raise ValueError("the model's logits are no numbers")
+        values = log_probs.argmax(dim=-1) if sample == "argmax" else draw(log_probs, generator)
 
-            most = scheduled_there[t].minimum(had - 1).clamp(min=0)
-            choice = order(Step(log_probs, values, image, place, all_coords, most, t, steps, generator, memory))
-            if choice.shape != values.shape:
-                raise ValueError(f"an order returned {tuple(choice.shape)} for {len(values)} hidden tokens")
-            own_pace = choice.dtype == torch.bool
-            if own_pace:  # the tokens chosen, or the most certain one where an image has none; at last all
-                chosen = torch.zeros_like(had).index_add(0, image, choice.long())
-                most = (had - chosen.clamp(min=1)) * (t < last_step)
-                choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
-            commits = highest(choice, image, most)
-            tokens[image, place] = values.clamp(0, model.mask_id - 1).masked_fill(~commits, model.mask_id)
-            hidden[image, place] = ~commits
-            left = hidden.sum(dim=1).cpu().numpy() if own_pace else np.minimum(scheduled[t], left - 1).clip(min=0)
-            if trace is not None:
-                trace.append((tokens.clone(), hidden.clone()))
-    if undefined:
-        raise ValueError("the model's logits are no numbers")
+        scheduled = (at_start.double() * float(gamma(t / steps))).long() * (t < last_step)
+        left = scheduled.minimum(had - 1).clamp(min=0)
+        choice = order(Step(log_probs, values, image, place, all_coords, left, t, steps, generator, memory))
+        if choice.shape != values.shape:
+            raise ValueError(f"an order returned {tuple(choice.shape)} for {len(values)} hidden tokens")
+        if choice.dtype == torch.bool:  # those it chose, or the most certain one where an image has none; at last all
+            chosen = torch.zeros_like(had).index_add(0, image, choice.long())
+            left = (had - chosen.clamp(min=1)) * (t < last_step)
+            choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
+        commits = highest(choice, image, left)
+        tokens[image, place] = values.clamp(0, model.mask_id - 1).masked_fill(~commits, model.mask_id)
+        hidden[image, place] = ~commits
+        if trace is not None:
+            trace.append((tokens.clone(), hidden.clone()))
     return tokens
 
 
@@ -585,6 +579,8 @@ def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, tem
         raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
     if bool((tokens[~mask] >= model.mask_id).any()):
         raise ValueError(f"a given token is {model.mask_id} or more, but the codes are 0 .. {model.mask_id - 1}")
+    if getattr(model, "training", False):
+        raise ValueError("decode needs a model without dropout: call model.eval() first")
 
 
 def draw(log_probs, generator):
@@ -592,7 +588,7 @@ def draw(log_probs, generator):
     cumulative = log_probs.exp().cumsum(dim=-1)
     uniform = torch.rand(len(log_probs), 1, generator=generator, device=log_probs.device)
     codes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return codes.clamp(max=log_probs.shape[1] - 1)  # beyond are draws from no numbers
+    return codes.clamp(max=log_probs.shape[1] - 1)  # uniform may round to the whole
 
 
 def highest(priority, image, left):
@@ -601,19 +597,6 @@ def highest(priority, image, left):
     ascending = ascending[image[ascending].argsort(stable=True)]  # image by image
     rank = ascending.argsort() - torch.searchsorted(image, image)  # from 0 within each image
     return rank >= left[image]
-
-
-@contextlib.contextmanager
-def evaluation_mode(model):
-    """No dropout inside the block; the model's mode is put back afterwards."""
-    training = getattr(model, "training", False)
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if training:
-            model.train()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -666,7 +649,7 @@ def train(
             loss = backward(network, inputs, targets, counted, coords, accumulate, look)
         if look and world > 1:  # each process has seen its rows
             torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
-        run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay))
+        run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay), precision)
         if rank == 0:
             last = run.step == steps
             if out:  # at the first step, since it may be impossible, and whenever somebody has removed it
@@ -740,13 +723,14 @@ class Run:
         at = coords.expand(len(rows), -1, -1)
         mask[rows[image], place] = ~policy(Step(log_probs, None, image, place, at, left, 1, 1, None, {}))
 
-    def update(self, loss, clip, lr):
+    def update(self, loss, clip, lr, precision):
         """Step with the gradients at hand."""
         self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            with WithoutBf16() if precision == "float32" else contextlib.nullcontext():
+                optimizer.step()
             optimizer.zero_grad()
         self.step, self.loss_sum, self.lr = self.step + 1, self.loss_sum + loss, lr
         self.seconds = time.monotonic() - self.started
@@ -774,8 +758,10 @@ class Run:
         self.require_finite()
         row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2), lr=self.lr)
         row |= dict(gradient_norm=float(self.gradient_norm))
-        with torch.no_grad(), evaluation_mode(self.model):
-            row |= validate(self.model) if validate else {}
+        if validate:
+            with torch.no_grad():
+                row |= validate(self.model.eval())
+            self.model.train()
         self.history.append(row)
         self.loss_sum = 0.0
         if self.best_by and row[self.best_by] <= min(past[self.best_by] for past in self.history):
@@ -833,11 +819,19 @@ def make_optimizers(model, optimizer, lr, betas, weight_decay):
     return optimizers
 
 
+class WithoutBf16(TorchFunctionMode):
+    """Tensor.bfloat16() only copies. torch.optim's Muon multiplies in bf16 whatever the precision of the training: on
+    a processor without it, twenty times as slowly as in float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
+
+
 def learning_rate_factor(step, steps, warmup, decay):
     """What the learning rate is multiplied by at `step` of `steps`: a linear rise over `warmup` steps, then
-    "constant", or down to 0 as a straight line ("linear") or half a cosine wave ("cosine")."""
+    "constant", or "linear" down to 0."""
     done = max(0, step - warmup) / max(1, steps - warmup)
-    fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    fall = {"constant": 1.0, "linear": 1 - done}
     require_choice("decay", decay, fall)
     return min(1.0, (step + 1) / (warmup + 1)) * fall[decay]
 
