@@ -33,7 +33,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 
-import fid
 import maskgit
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -628,33 +627,13 @@ def mean_colour(images, holes):
     return filled
 
 
-def inception_network(weights, device):
-    """What FID and KID see with, or None where its weights are not at hand."""
-    path = weights or fid.release_path()
-    if weights or path.exists():
-        return fid.load_inception(weights=path, device=device)
-    print(f"no FID and KID: the Inception weights are not at {path}; python fid.py fetches them, see --help")
-
-
-@torch.inference_mode()
-def inception_scores(network, *sets):
-    """FID and KID of two sets of pictures."""
-    device, features = next(network.parameters()).device, []
-    for images in sets:
-        parts = (fid.network_input(images[i : i + 8], device) for i in range(0, len(images), 8))
-        features.append(np.concatenate([network(part).cpu().numpy() for part in parts]))
-    return {"fid": fid.frechet_distance_from_features(*features), "kid": fid.kernel_distance(*features)[0]}
-
-
 def score(checkpoint, test, seen, settings):
     """All scores of a run: of test images with holes, and for comparison of some that were seen in training."""
     (images, holes), model, tokenizer = test, checkpoint["model"], checkpoint["tokenizer"]
     tokens, mask, *_ = model_input(checkpoint, images, holes, informed=False)
-    network = inception_network(settings.weights, tokens.device)
 
     def scored(name, filled, **more):
-        row = {"name": name} | more | picture_scores(images, holes, filled)
-        return row | (inception_scores(network, images, filled) if network else {})
+        return {"name": name} | more | picture_scores(images, holes, filled)
 
     rows = [scored("mean colour", mean_colour(images, holes))]
     for name, blend in (("true tokens", settings.blend), ("true tokens, as decoded", False)):
@@ -685,18 +664,12 @@ def options_of(settings):
 
 
 def ways_to_fill(settings):
-    """[(name, options of fill)]: as set, by other orders, and as the reports do by schedule and number of steps."""
+    """[(name, options of fill)]: as set, without what is done about the rim, and all at once without chance."""
     chosen = options_of(settings)
-    reports = {"order": "confidence", "sample": "categorical", "temperature": 1.0, "choice_temperature": 4.5}
-    reports |= {"stop_after": None, "evidence": False, "blend": False}
     ways = [("as set", chosen), ("as set, not blended", chosen | {"blend": False})]
     if chosen["evidence"]:
         ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
-    ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
-    ways += [(f"order {order}", chosen | {"order": order}) for order in maskgit.ORDERS if order != chosen["order"]]
-    for schedule, steps in itertools.product(settings.schedules.split(","), (1, 4, 8, 10, 20)):
-        ways.append((f"{schedule}, T={steps}", reports | {"schedule": schedule, "steps": steps}))
-    return ways
+    return [*ways, ("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
 
 
 def print_scores(figures):
@@ -706,8 +679,7 @@ def print_scores(figures):
         spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
         return f"{np.mean(values):.4g}{spread}" if values else ""
 
-    names = [name for name in ("psnr", "l1", "ssim", "fid", "kid", "seconds") if name in figures["rows"][-1]]
-    table = []
+    names, table = ("psnr", "l1", "ssim", "seconds"), []
     for way, rows in itertools.groupby(figures["rows"], lambda row: row["name"]):
         rows = list(rows)
         table.append([way, *(shown([row[name] for row in rows if name in row]) for name in names)])
@@ -719,7 +691,7 @@ def print_scores(figures):
 
 
 def draw_pictures(checkpoint, images, holes, history, settings):
-    """samples.png, steps.png, reconstruction.png, loss.png and decode.gif."""
+    """samples.png, reconstruction.png, loss.png and decode.gif."""
     out, tokenizer, options = settings.out, checkpoint["tokenizer"], options_of(settings)
     grey = paste(images, holes, np.uint8(GREY))
     filled = [fill_in_batches(checkpoint, images, holes, options, seed) for seed in range(3)]
@@ -731,14 +703,7 @@ def draw_pictures(checkpoint, images, holes, history, settings):
     columns = np.stack([images, everywhere, in_holes], axis=1)
     sheet(columns, ["truth", "tokens", "in the hole"]).save(out / "reconstruction.png")
 
-    rows, steps = [], 8
-    for schedule in ("linear", "cosine", "square"):
-        way = options | {"schedule": schedule, "steps": steps, "order": "confidence"}
-        shown = trace_pictures(checkpoint, images[:1], holes[:1], way)
-        shown += shown[-1:] * (steps - len(shown))  # a small hole is filled in fewer steps
-        rows += zip(*shown, strict=True)
-    sheet(np.array(rows), [f"step {t}" for t in range(1, steps + 1)]).save(out / "steps.png")
-    frames = [grey, *(pictures for _, pictures in trace_pictures(checkpoint, images, holes, options))]
+    frames = [grey, *trace_pictures(checkpoint, images, holes, options)]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     names = {"training": "loss", "validation": "validation"}
     curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
@@ -755,7 +720,7 @@ def sheet(pictures, titles=()):
 
 
 def trace_pictures(checkpoint, images, holes, options):
-    """[(hidden tokens in white, pictures with what is still hidden in grey)] after each step of filling."""
+    """The pictures after each step of filling, with what is still hidden in grey."""
     tokenizer, trace, shown = checkpoint["tokenizer"], [], []
     side = images.shape[1] // tokenizer.patch
     fill(checkpoint, images, holes, options, trace=trace)
@@ -764,8 +729,7 @@ def trace_pictures(checkpoint, images, holes, options):
         masks = masks.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)
         tokens = tokens.masked_fill(hidden, 0)
         pictures = to_pictures(tokenizer, tokens, images, holes | masks, options["blend"])
-        pictures = paste(paste(images, holes, pictures), holes & masks, np.uint8(GREY))
-        shown.append((masks[..., None].repeat(3, axis=-1) * np.uint8(255), pictures))
+        shown.append(paste(paste(images, holes, pictures), holes & masks, np.uint8(GREY)))
     return shown
 
 
@@ -905,8 +869,7 @@ def parse_arguments():
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
-    add("--schedules", default="linear,cosine,square", help="of the table, default %(default)s")
-    add("--weights", type=Path, help="Inception weights for FID and KID; default: those that fid.py has fetched")
+
     known = parser.parse_known_args()[0]
     out = {"out": Path("runs/filled")} if known.checkpoint or known.transformer else {}
     parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}) | out)
@@ -923,8 +886,7 @@ def parse_arguments():
         settings.evidence = not settings.vqgan
     if settings.size % settings.patch:
         parser.error(f"--size {settings.size} is not divisible by --patch {settings.patch}")
-    for schedule in settings.schedules.split(","):
-        maskgit.require_choice("schedule", schedule, maskgit.SCHEDULES)
+
     return settings, vars(settings).keys() - for_training.keys()
 
 
