@@ -462,7 +462,10 @@ def model_input(checkpoint, images, holes, informed, targets=True):
 def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint.
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
-    to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too."""
+    to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too. The
+    sample "mean" is expected_pictures'."""
+    if options.get("sample") == "mean":
+        return expected_pictures(checkpoint, images, holes, options["blend"], whole)
     tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"], targets=False)
     own = ("evidence", "blend", "choice_temperature")
     decoding = {name: value for name, value in options.items() if name not in own}
@@ -473,6 +476,23 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
         tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, **decoding)
     return to_pictures(checkpoint["tokenizer"], tokens, images, holes | whole, options["blend"] and not whole)
+
+
+@torch.no_grad()
+def expected_pictures(checkpoint, images, holes, blend, whole=False):
+    """Likewise, with what is expected in the holes, given what is visible: of all fillings that of the least squared
+    error, and no sample. One pass gives each hidden token's probabilities, and these the mean of the centroids. No
+    evidence: it makes them too sure of one code, so that less is blended."""
+    tokens, mask, coords, _ = model_input(checkpoint, images, holes, informed=False, targets=False)
+    model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
+    with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
+        logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
+    centroids = torch.from_numpy(tokenizer.centroids).to(tokens.device)
+    patches = torch.where(mask[..., None], logits.softmax(dim=-1) @ centroids, centroids[tokens])  # (B, T, D)
+    each_its_own = maskgit.PatchTokenizer(patches.flatten(0, 1).cpu().numpy(), tokenizer.patch)
+    return to_pictures(
+        each_its_own, torch.arange(mask.numel()).view(mask.shape), images, holes | whole, blend and not whole
+    )
 
 
 def fill_in_batches(checkpoint, images, holes, options, seed=0):
@@ -664,12 +684,13 @@ def options_of(settings):
 
 
 def ways_to_fill(settings):
-    """[(name, options of fill)]: as set, without what is done about the rim, and all at once without chance."""
+    """[(name, options of fill)]: as set, without what is done about the rim, and twice without chance."""
     chosen = options_of(settings)
     ways = [("as set", chosen), ("as set, not blended", chosen | {"blend": False})]
     if chosen["evidence"]:
         ways += [("as set, neither evidence nor blended", chosen | {"evidence": False, "blend": False})]
-    return [*ways, ("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
+    ways += [("likeliest, T=1", chosen | {"sample": "argmax", "steps": 1})]
+    return ways if settings.vqgan else [*ways, ("expected", chosen | {"sample": "mean"})]
 
 
 def print_scores(figures):
@@ -703,7 +724,7 @@ def draw_pictures(checkpoint, images, holes, history, settings):
     columns = np.stack([images, everywhere, in_holes], axis=1)
     sheet(columns, ["truth", "tokens", "in the hole"]).save(out / "reconstruction.png")
 
-    frames = [grey, *trace_pictures(checkpoint, images, holes, options)]
+    frames = [grey, *trace_pictures(checkpoint, images, holes, options | {"sample": "categorical"})]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     names = {"training": "loss", "validation": "validation"}
     curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
@@ -861,7 +882,7 @@ def parse_arguments():
     add("--decode-steps", type=count, default=10)
     add("--schedule", choices=maskgit.SCHEDULES, default="cosine")
     add("--order", choices=maskgit.ORDERS, default="confidence")
-    add("--sample", choices=("categorical", "argmax"), default="categorical")
+    add("--sample", choices=("categorical", "argmax", "mean"), default="categorical", help="mean: the least error")
     add("--temperature", type=maskgit.at_least(1e-6, float), default=0.7)
     add("--choice-temperature", type=maskgit.at_least(0.0, float), default=1.0)
     add("--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; not with --vqgan")
@@ -880,8 +901,9 @@ def parse_arguments():
         parser.error("--transformer is the reports': it takes their --vqgan, and no --checkpoint")
     if settings.vqgan and (settings.size, settings.patch, settings.codes) != (64, 4, 1024):
         parser.error("--vqgan has pictures of 64x64, patches of 4x4 and 1024 codes: leave out --size, --patch, --codes")
-    if settings.vqgan and settings.evidence:
-        parser.error("--evidence needs a centroid in pixels for each code, which --vqgan does not have")
+    if settings.vqgan and (settings.evidence or settings.sample == "mean"):
+        option = "--evidence" if settings.evidence else "--sample mean"
+        parser.error(f"{option} needs a centroid in pixels for each code, which --vqgan does not have")
     if settings.evidence is None:
         settings.evidence = not settings.vqgan
     if settings.size % settings.patch:

@@ -1611,6 +1611,27 @@ def test_cross_entropy_picture_by_picture(inpaint_run):
     assert np.mean(informed) < np.mean(plain)
 
 
+def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
+    """Each pixel's mean over the codes; by the script, too, whatever the seed."""
+    checkpoint = saved(inpaint_run)
+    images, holes = inpaint.with_holes(inpaint.cartoon_cats(3, 16), "box", seed=3)
+    tokens, mask, coords, _ = inpaint.model_input(checkpoint, images, holes, informed=False)
+    logits = checkpoint["model"](tokens.masked_fill(mask, 16), coords).detach().double()
+    found = inpaint.expected_pictures(checkpoint, images, holes, blend=False)
+    for i, t in mask.nonzero().tolist():
+        probabilities = logits[i, t].softmax(dim=-1).tolist()
+        expected = sum(p * c for p, c in zip(probabilities, checkpoint["tokenizer"].centroids, strict=True))
+        rows, columns = slice(t // 4 * 4, t // 4 * 4 + 4), slice(t % 4 * 4, t % 4 * 4 + 4)
+        error = (found[i, rows, columns] - 255 * expected.reshape(4, 4, 3))[holes[i, rows, columns]]
+        assert np.abs(error).max() < 2.5  # rounded, and in bf16 where the processor has it
+    assert (found[~holes] == images[~holes]).all()
+    blended = inpaint.expected_pictures(checkpoint, images, holes, blend=True)
+    assert inpaint.picture_scores(images, holes, blended)["psnr"] > inpaint.picture_scores(images, holes, found)["psnr"]
+    write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.5))
+    results = [filled_pairs(inpaint_run, tmp_path, "--sample", "mean", "--force", "--seed", seed) for seed in (0, 1)]
+    assert all((results[0][name] == results[1][name]).all() for name in results[0])
+
+
 def test_mean_colour_is_that_of_the_visible_pixels():
     image, hole = noise_picture(0)[None], np.random.default_rng(1).random((1, 16, 20)) < 0.4
     found = inpaint.mean_colour(image, hole)
@@ -2047,6 +2068,7 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatc
         (*filling, "--vqgan", other, "trained with another VQGAN"),
         (*filling, *k_means, "--vqgan", file, "trained without a VQGAN: leave out --vqgan"),
         (*filling, "--vqgan", file, "--evidence", "--evidence needs a centroid in pixels"),
+        (*filling, "--vqgan", file, "--sample", "mean", "--sample mean needs a centroid in pixels"),
         (*filling, "--vqgan", file, "--transformer", other, "no --checkpoint"),
         (*files, "--transformer", other, "takes their --vqgan"),
         (*files, "--vqgan", file, "name all three"),

@@ -111,6 +111,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.01, 0.03"),
         ("membrane(pixels, holes) if isinstance(tokenizer, VQGAN) else pixels", "pixels"),
         ("options, maskgit.step_seed(seed, start))", "options, seed)"),
+        ("logits.softmax(dim=-1) @ centroids", "logits.softmax(dim=-2) @ centroids"),
         ('"best_by": "validation"', '"best_by": None'),
         ("visible < 128", "visible > 128"),
         ("if trained and trained != given:", "if trained and not given:"),
