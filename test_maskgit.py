@@ -1694,6 +1694,38 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     assert "trained with dim=16, not 32" in capsys.readouterr().err
 
 
+def test_ways_to_fill_are_judged(inpaint_run, tmp_path, monkeypatch):
+    """By error and by realism; the true tokens are the best by both."""
+    filling = runpy.run_path(str(HERE / "benchmarks" / "filling.py"))
+    options = [
+        "--ways",
+        "likeliest",
+        "reports cosine, T=8",
+        "--holes",
+        "box",
+        "--pictures",
+        "16",
+        "--observer-steps",
+        "9",
+    ]
+    options += [
+        "--device",
+        "cpu",
+        "--checkpoint",
+        str(inpaint_run / "model.pt"),
+        "--json",
+        str(tmp_path / "found.json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["filling.py", *options])
+    filling["main"]()
+    figures = json.loads((tmp_path / "found.json").read_text())
+    rows = {row["way"]: row for row in figures["rows"]}
+    assert [*rows] == ["true tokens", "likeliest", "reports cosine, T=8"] and figures["scored"] == 16
+    for name, sign in {"psnr": -1, "ssim": -1, "frechet": 1}.items():
+        limit, *others = (sign * row[name] for row in rows.values())
+        assert limit < min(others)
+
+
 def test_training_batches(monkeypatch):
     """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
     rng = np.random.default_rng(0)

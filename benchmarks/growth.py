@@ -68,7 +68,7 @@ def decoding(**size):
 
     def eight_steps():
         with precision_context(tokens.device, fast_precision(tokens.device)):
-            return decode(model, tokens, mask, coords, steps=8, order="confidence").sum().item()
+            return decode(model.eval(), tokens, mask, coords, steps=8, order="confidence").sum().item()
 
     return eight_steps
 

@@ -188,7 +188,7 @@ def main():
     device = pick_device(settings.device)
     torch.manual_seed(0)
     tokens, _, coords = random_batch(settings.batch_size, device)
-    ours = MaskGIT(**ARCHITECTURE).to(device)
+    ours = MaskGIT(**ARCHITECTURE).to(device).eval()
     figures = {"matrix_rate": matrix_rate(device)} | measure_variants(settings.batch_size, settings.rounds, device)
     # A multiplication and an addition for each weight and token, and twice that again for the gradients.
     weights = sum(p.numel() for p in ours.parameters() if p.ndim == 2) - ours.embedding.weight.numel()
