@@ -30,6 +30,7 @@ AS_SET = {"steps": 10, "schedule": "cosine", "order": "confidence", "sample": "c
 AS_SET |= {"choice_temperature": 1.0, "evidence": True, "blend": True}
 REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False, "blend": False}
 WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}, "likeliest": {"sample": "argmax", "steps": 1}}
+WAYS |= {"expected": {"sample": "mean"}}
 WAYS |= {f"order {order}": {"order": order} for order in ("random", "halton", "entropy")}
 WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.4, 1.0)}
 WAYS |= {f"steps {steps}": {"steps": steps} for steps in (4, 20)}
@@ -77,7 +78,10 @@ def main():
     parser.add_argument("--part", choices=("validation", "test"), default="test")
     parser.add_argument("--holes", nargs="+", choices=inpaint.HOLES, default=[*inpaint.HOLES])
     parser.add_argument(
-        "--ways", nargs="+", default=["as", "neither", "likeliest", "order", "temp", "steps"], help="begin so"
+        "--ways",
+        nargs="+",
+        default=["as", "neither", "likeliest", "expected", "order", "temp", "steps"],
+        help="begin so",
     )
     parser.add_argument("--pictures", type=at_least(8), default=200, help="at most so many")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="draws of each way")
