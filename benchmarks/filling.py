@@ -8,8 +8,8 @@ The pictures are those of the run: the drawn cats, or the folder that it was tra
 between the true pictures and the filled ones, by the 128 features of a small network, which is trained here, on the
 training pictures, to tell by which of four right angles a picture was turned; with --weights by Inception's (FID).
 
-"reports" are R1 and R2's schedules and numbers of steps, with what else they set: no evidence, not blended. A picture of
-what they fill in step by step lies beside the JSON.
+"reports" are R1 and R2's schedules and numbers of steps, with what else they set: no evidence, not blended. A picture
+of what they fill in, step by step, lies beside the JSON.
 """
 
 import itertools
