@@ -511,7 +511,7 @@ def decode(
 ):  # fmt: skip
     """Fill in the hidden tokens, several per step, each step seeing all that is committed so far.
 
-    model       MaskGIT, or any callable (tokens (b, T), coords) -> logits (b, T, K) with a `mask_id`.
+    model       MaskGIT in eval mode, or any callable (tokens (b, T), coords) -> logits (b, T, K) with a `mask_id`.
     tokens      (B, T) int64; what stands where mask is True is ignored.
     mask        (B, T) bool, True = hidden. All True generates from nothing.
     coords      (T, 2), or (B, T, 2).
