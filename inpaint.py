@@ -463,36 +463,36 @@ def fill(checkpoint, images, holes, options, seed=0, trace=None, whole=False):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint.
     Of the options "evidence" says whether the visible pixels of hidden tokens count as well, "blend" is for
     to_pictures; the others go to decode, and so does trace. `whole` shows the tokens of what is visible, too. The
-    sample "mean" is expected_pictures'."""
-    if options.get("sample") == "mean":
-        return expected_pictures(checkpoint, images, holes, options["blend"], whole)
-    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, options["evidence"], targets=False)
-    own = ("evidence", "blend", "choice_temperature")
-    decoding = {name: value for name, value in options.items() if name not in own}
-    if options["order"] == "confidence":
-        noise = options["choice_temperature"]
-        decoding["order"] = functools.partial(maskgit.by_confidence, choice_temperature=noise)
-    decoding |= {"evidence": evidence, "trace": trace, "generator": torch.Generator(tokens.device).manual_seed(seed)}
-    with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
-        tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, **decoding)
-    return to_pictures(checkpoint["tokenizer"], tokens, images, holes | whole, options["blend"] and not whole)
+    sample "mean" is what is expected in the holes: of all fillings that of the least squared error. It takes no
+    evidence, which makes each token too sure of one code, so that less is blended."""
+    tokenizer, mean = checkpoint["tokenizer"], options.get("sample") == "mean"
+    informed = options["evidence"] and not mean
+    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, informed, targets=False)
+    if mean:
+        tokenizer, tokens = expected_patches(checkpoint, tokens, mask, coords)
+    else:
+        own = ("evidence", "blend", "choice_temperature")
+        decoding = {name: value for name, value in options.items() if name not in own}
+        if options["order"] == "confidence":
+            noise = options["choice_temperature"]
+            decoding["order"] = functools.partial(maskgit.by_confidence, choice_temperature=noise)
+        decoding |= {"trace": trace, "generator": torch.Generator(tokens.device).manual_seed(seed)}
+        with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
+            tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, evidence=evidence, **decoding)
+    return to_pictures(tokenizer, tokens, images, holes | whole, options["blend"] and not whole)
 
 
 @torch.no_grad()
-def expected_pictures(checkpoint, images, holes, blend, whole=False):
-    """Likewise, with what is expected in the holes, given what is visible: of all fillings that of the least squared
-    error, and no sample. One pass gives each hidden token's probabilities, and these the mean of the centroids. No
-    evidence: it makes them too sure of one code, so that less is blended."""
-    tokens, mask, coords, _ = model_input(checkpoint, images, holes, informed=False, targets=False)
+def expected_patches(checkpoint, tokens, mask, coords):
+    """A tokenizer with a patch for each of the tokens (B, T), and their codes in it (B, T). A hidden token's patch is
+    the mean of the centroids by the probabilities that one pass gives."""
     model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
     with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
         logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
     centroids = torch.from_numpy(tokenizer.centroids).to(tokens.device)
     patches = torch.where(mask[..., None], logits.softmax(dim=-1) @ centroids, centroids[tokens])  # (B, T, D)
-    each_its_own = maskgit.PatchTokenizer(patches.flatten(0, 1).cpu().numpy(), tokenizer.patch)
-    return to_pictures(
-        each_its_own, torch.arange(mask.numel()).view(mask.shape), images, holes | whole, blend and not whole
-    )
+    of_each = maskgit.PatchTokenizer(patches.flatten(0, 1).cpu().numpy(), tokenizer.patch)
+    return of_each, torch.arange(mask.numel()).view(mask.shape)
 
 
 def fill_in_batches(checkpoint, images, holes, options, seed=0):
@@ -679,8 +679,7 @@ def score(checkpoint, test, seen, settings):
 
 def options_of(settings):
     """How to fill, as set on the command line."""
-    names = ("schedule", "order", "sample", "temperature", "choice_temperature", "stop_after", "evidence", "blend")
-    return {name: getattr(settings, name) for name in names} | {"steps": settings.decode_steps}
+    return {name: getattr(settings, name) for name in (*FILLING, "evidence")} | {"steps": settings.decode_steps}
 
 
 def ways_to_fill(settings):
@@ -846,6 +845,9 @@ def fill_files(settings):
 # ---------------------------------------------------------------------------------------------------
 # Settings
 
+# How holes are filled, unless a flag says otherwise.
+FILLING = {"schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
+FILLING |= {"choice_temperature": 1.0, "stop_after": None, "blend": True}
 DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "batch_size": 8, "lr": 4e-3, "steps": 3300, "mask": "cosine"}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
@@ -880,20 +882,20 @@ def parse_arguments():
     add("--whole", action="store_true", help="decode the visible pixels, too, as the reports do")
     add("--samples", type=count, default=1, help="different results for each picture")
     add("--decode-steps", type=count, default=10)
-    add("--schedule", choices=maskgit.SCHEDULES, default="cosine")
-    add("--order", choices=maskgit.ORDERS, default="confidence")
-    add("--sample", choices=("categorical", "argmax", "mean"), default="categorical", help="mean: the least error")
-    add("--temperature", type=maskgit.at_least(1e-6, float), default=0.7)
-    add("--choice-temperature", type=maskgit.at_least(0.0, float), default=1.0)
+    add("--schedule", choices=maskgit.SCHEDULES)
+    add("--order", choices=maskgit.ORDERS)
+    add("--sample", choices=("categorical", "argmax", "mean"), help="mean: the least error")
+    add("--temperature", type=maskgit.at_least(1e-6, float))
+    add("--choice-temperature", type=maskgit.at_least(0.0, float))
     add("--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; not with --vqgan")
-    add("--blend", action=yes_no, default=True, help="shift what is filled in to join its rim")
+    add("--blend", action=yes_no, help="shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
 
     known = parser.parse_known_args()[0]
     out = {"out": Path("runs/filled")} if known.checkpoint or known.transformer else {}
-    parser.set_defaults(**DEFAULTS | (REPORT if known.preset else {}) | out)
+    parser.set_defaults(**DEFAULTS | FILLING | (REPORT if known.preset else {}) | out)
     settings = parser.parse_args()
     if bool(settings.checkpoint or settings.transformer) != bool(settings.images and settings.masks):
         parser.error("--checkpoint or --transformer fills --images by their --masks: name all three")

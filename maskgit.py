@@ -820,8 +820,8 @@ def make_optimizers(model, optimizer, lr, betas, weight_decay):
 
 
 class WithoutBf16(TorchFunctionMode):
-    """Tensor.bfloat16() only copies. torch.optim's Muon multiplies in bf16 whatever the precision of the training: on
-    a processor without it, twenty times as slowly as in float32."""
+    """Tensor.bfloat16() only copies. torch.optim's Muon multiplies in bf16 whatever the precision of the training, and
+    a processor without it is slow at that."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))

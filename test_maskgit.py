@@ -1617,7 +1617,8 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(3, 16), "box", seed=3)
     tokens, mask, coords, _ = inpaint.model_input(checkpoint, images, holes, informed=False)
     logits = checkpoint["model"](tokens.masked_fill(mask, 16), coords).detach().double()
-    found = inpaint.expected_pictures(checkpoint, images, holes, blend=False)
+    options = {"sample": "mean", "evidence": True}
+    found, blended = (inpaint.fill(checkpoint, images, holes, options | {"blend": blend}) for blend in (False, True))
     for i, t in mask.nonzero().tolist():
         probabilities = logits[i, t].softmax(dim=-1).tolist()
         expected = sum(p * c for p, c in zip(probabilities, checkpoint["tokenizer"].centroids, strict=True))
@@ -1625,7 +1626,6 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
         error = (found[i, rows, columns] - 255 * expected.reshape(4, 4, 3))[holes[i, rows, columns]]
         assert np.abs(error).max() < 2.5  # rounded, and in bf16 where the processor has it
     assert (found[~holes] == images[~holes]).all()
-    blended = inpaint.expected_pictures(checkpoint, images, holes, blend=True)
     assert inpaint.picture_scores(images, holes, blended)["psnr"] > inpaint.picture_scores(images, holes, found)["psnr"]
     write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.5))
     results = [filled_pairs(inpaint_run, tmp_path, "--sample", "mean", "--force", "--seed", seed) for seed in (0, 1)]
@@ -1697,30 +1697,15 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
 def test_ways_to_fill_are_judged(inpaint_run, tmp_path, monkeypatch):
     """By error and by realism; the true tokens are the best by both."""
     filling = runpy.run_path(str(HERE / "benchmarks" / "filling.py"))
-    options = [
-        "--ways",
-        "likeliest",
-        "reports cosine, T=8",
-        "--holes",
-        "box",
-        "--pictures",
-        "16",
-        "--observer-steps",
-        "9",
-    ]
-    options += [
-        "--device",
-        "cpu",
-        "--checkpoint",
-        str(inpaint_run / "model.pt"),
-        "--json",
-        str(tmp_path / "found.json"),
-    ]
-    monkeypatch.setattr(sys, "argv", ["filling.py", *options])
+    options = ["filling.py", "--checkpoint", str(inpaint_run / "model.pt"), "--ways", "likeliest", "reports"]
+    options += ["--holes", "box", "--pictures", "16", "--observer-steps", "9", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", options)
     filling["main"]()
     figures = json.loads((tmp_path / "found.json").read_text())
     rows = {row["way"]: row for row in figures["rows"]}
-    assert [*rows] == ["true tokens", "likeliest", "reports cosine, T=8"] and figures["scored"] == 16
+    studied = [f"reports {schedule}, T={t}" for schedule in ("linear", "cosine", "square") for t in (1, 4, 8, 10, 20)]
+    assert [*rows] == ["true tokens", "likeliest", *studied] and figures["scored"] == 16
+    assert Image.open(tmp_path / "found.png").size[0] > 8 * 128
     for name, sign in {"psnr": -1, "ssim": -1, "frechet": 1}.items():
         limit, *others = (sign * row[name] for row in rows.values())
         assert limit < min(others)

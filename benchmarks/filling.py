@@ -24,10 +24,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
-from maskgit import CommandLine, at_least, load_checkpoint, pick_device, print_table, run_as_script, write_figures
+from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, write_figures
 
-AS_SET = {"steps": 10, "schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
-AS_SET |= {"choice_temperature": 1.0, "evidence": True, "blend": True}
+AS_SET = inpaint.FILLING | {"steps": 10, "evidence": True}
 REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False, "blend": False}
 WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}, "likeliest": {"sample": "argmax", "steps": 1}}
 WAYS |= {"expected": {"sample": "mean"}}
@@ -36,6 +35,7 @@ WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperat
 WAYS |= {f"steps {steps}": {"steps": steps} for steps in (4, 20)}
 STUDY = ("linear", "cosine", "square"), (1, 4, 8, 10, 20)
 WAYS |= {f"reports {s}, T={t}": REPORTS | {"schedule": s, "steps": t} for s, t in itertools.product(*STUDY)}
+KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "steps", "reports"]
 
 
 def train_observer(pictures, steps, device, batch_size=64):
@@ -78,10 +78,7 @@ def main():
     parser.add_argument("--part", choices=("validation", "test"), default="test")
     parser.add_argument("--holes", nargs="+", choices=inpaint.HOLES, default=[*inpaint.HOLES])
     parser.add_argument(
-        "--ways",
-        nargs="+",
-        default=["as", "neither", "likeliest", "expected", "order", "temp", "steps"],
-        help="begin so",
+        "--ways", nargs="+", default=KINDS[:-1], help=f"that begin so: {', '.join(KINDS)}, or one whole"
     )
     parser.add_argument("--pictures", type=at_least(8), default=200, help="at most so many")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="draws of each way")
@@ -89,9 +86,13 @@ def main():
     parser.add_argument("--weights", type=Path, help="Inception's, for FID")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.set_defaults(vqgan=None, transformer=None)
     settings = parser.parse_args()
+    ways = {name: way for name, way in WAYS.items() if name.startswith(tuple(settings.ways))}
+    if not ways:
+        parser.error(f"--ways {' '.join(settings.ways)}: none begins so")
     device = pick_device(settings.device)
-    checkpoint = load_checkpoint(settings.checkpoint, device)
+    checkpoint, _ = inpaint.open_model(settings)
     run = checkpoint["config"]
     split = inpaint.open_pictures(run["data"], run["cartoons"], run["size"], run["seed"])
     images = getattr(split, settings.part)[: settings.pictures]
@@ -116,11 +117,9 @@ def main():
         holes = inpaint.make_holes(kind, len(images), run["size"], seed)
         tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
         judge(kind, "true tokens", inpaint.to_pictures(checkpoint["tokenizer"], tokens, images, holes, True), holes)
-        for way, options in WAYS.items():
-            if way.startswith(tuple(settings.ways)):
-                for draw in range(settings.seeds):
-                    filled = inpaint.fill_in_batches(checkpoint, images, holes, AS_SET | options, draw)
-                    judge(kind, way, filled, holes, draw)
+        for way, draw in itertools.product(ways, range(settings.seeds)):
+            filled = inpaint.fill_in_batches(checkpoint, images, holes, AS_SET | ways[way], draw)
+            judge(kind, way, filled, holes, draw)
     settings.device = str(device)
     write_figures(settings, figures | {"rows": rows}, settings.json)
     names = ("psnr", "ssim", "frechet")

@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint
 from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, write_figures
 
-OPTIONS = {"steps": 10, "schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
-OPTIONS |= {"choice_temperature": 1.0, "evidence": False, "blend": True}
+OPTIONS = inpaint.FILLING | {"steps": 10, "evidence": False}
 
 
 def random_file(path, network):
