@@ -848,12 +848,11 @@ def fill_files(settings):
 # How holes are filled, unless a flag says otherwise.
 FILLING = {"schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.7}
 FILLING |= {"choice_temperature": 1.0, "stop_after": None, "blend": True}
-DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "batch_size": 8, "lr": 4e-3, "steps": 3300}
-DEFAULTS |= {"mask": "cosine+box+half"}
+DEFAULTS = {"dim": 128, "heads": 4, "layers": 6, "batch_size": 8, "lr": 4e-3, "steps": 3300, "mask": "cosine"}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
 REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
-REPORT |= {"loss": "all", "mask": "cosine", "mirror": False, "dropout": 0.1}
+REPORT |= {"loss": "all", "mirror": False, "dropout": 0.1}
 
 
 def parse_arguments():
