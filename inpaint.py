@@ -582,18 +582,18 @@ def train_model(settings, tokenizer, split, device, may_change):
     """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
     codes = encode_training(tokenizer, split.training, settings.mirror)
     coords, size = maskgit.grid_coords(*codes.shape[1:]), codes[0].size
-    holes = np.concatenate([make_holes(kind, 1000, settings.size, TRAINING_SEED) for kind in HOLES])
-    holes = hidden_tokens(tokenizer, holes)
     with_hole = round(settings.hole_rows * settings.batch_size)
+    of_each = min(1000, 1 + settings.steps * with_hole)
+    holes = np.concatenate([make_holes(kind, of_each, settings.size, TRAINING_SEED) for kind in HOLES])
+    holes = hidden_tokens(tokenizer, holes)
 
     def batch(step):
         generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, step))
         rows = torch.randint(len(codes), (settings.batch_size,), generator=generator)
         tokens = torch.from_numpy(codes[rows.numpy()].astype(np.int64).reshape(-1, size))
         mask = maskgit.training_mask((len(rows) - with_hole, size), settings.mask, generator, coords)
-        # Half of the holes are whole, the others shown in part, as they are while they are filled.
         hole = holes[torch.randint(len(holes), (with_hole,), generator=generator)]
-        left = 2 * torch.rand(with_hole, 1, generator=generator)
+        left = 2 * torch.rand(with_hole, 1, generator=generator)  # half of the holes are whole, others filled in part
         hole &= torch.rand(hole.shape, generator=generator) < left
         return tokens, torch.cat([mask, hole]), coords
 
@@ -880,16 +880,12 @@ def parse_arguments():
     add("--codes", type=maskgit.at_least(2), default=1024, help="of the codebook, default %(default)s")
     add("--mirror", action=yes_no, default=True, help="train on mirrored pictures as well")
     add("--hole", choices=HOLES, default="brush", help="of validation and scores, default %(default)s")
-    add(
-        "--hole-rows",
-        type=maskgit.at_least(0.0, float, below=1.0),
-        default=0.5,
-        help="share of a batch that hides holes",
-    )
+    share = maskgit.at_least(0.0, float, below=1.0)
+    add("--hole-rows", type=share, default=0.5, help="share of a batch that hides holes, not --mask")
     add("--validation-images", type=count, default=200, help="default %(default)s")
     add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
     add("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
-    add("--betas", type=maskgit.at_least(0.0, float, below=1.0), nargs=2, default=(0.9, 0.95), help="of AdamW")
+    add("--betas", type=share, nargs=2, default=(0.9, 0.95), help="of AdamW")
     parser.add_shared_options("runs/inpaint")
     for_training = vars(parser.parse_args([]))
 

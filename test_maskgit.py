@@ -1721,13 +1721,21 @@ def test_training_batches(monkeypatch):
     assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
     assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
     monkeypatch.setattr(maskgit, "train_as_set", lambda settings, codes, batch, device, best_by, **_: (batch, best_by))
-    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--batch-size", "6000"])
+    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--batch-size", "6000", "--size", "8"])
     settings, split = inpaint.parse_arguments()[0], inpaint.Split(images, images, images)
     batch, best_by = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
     tokens, mask, coords = batch(3)
     assert best_by == "validation" and mask.shape == (6000, 16) and torch.equal(coords, grid_coords(4, 4))
     assert {tuple(row) for row in tokens.tolist()} == {tuple(codes.ravel().tolist()) for codes in both}
     assert all(map(torch.equal, batch(3), (tokens, mask, coords))) and not torch.equal(batch(4)[1], mask)
+    # One half at random, by the cosine; the other within holes, of which half are whole.
+    assert float(mask[:3000].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
+    holes = np.concatenate([inpaint.make_holes(kind, 1000, 8, inpaint.TRAINING_SEED) for kind in inpaint.HOLES])
+    whole = torch.from_numpy(holes.reshape(-1, 4, 2, 4, 2).any(axis=(2, 4))).flatten(1)
+    outside = mask[3000:].float() @ (~whole).float().T  # (3000, 3000): tokens of each row outside each hole
+    assert (outside.amin(dim=1) == 0).all()
+    whole, hidden = ({tuple(row) for row in whole.tolist()}, [tuple(row) for row in mask[3000:].tolist()])
+    assert 0.5 < np.mean([row in whole for row in hidden]) < 0.75 and {sum(row) for row in hidden} >= {*range(1, 9)}
 
 
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
@@ -1735,6 +1743,7 @@ def test_the_reports_preset_carries_their_numbers(monkeypatch):
     settings = vars(inpaint.parse_arguments()[0])
     sizes = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "codes": 1024, "patch": 4, "batch_size": 10}
     training = {"optimizer": "adamw", "lr": 1e-4, "betas": (0.9, 0.96), "loss": "all", "steps": 120_000}
+    training |= {"hole_rows": 0.0}
     assert sizes | training == {name: settings[name] for name in sizes | training}
 
 
