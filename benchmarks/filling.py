@@ -31,7 +31,7 @@ REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False, "bl
 WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}, "likeliest": {"sample": "argmax", "steps": 1}}
 WAYS |= {"expected": {"sample": "mean"}}
 WAYS |= {f"order {order}": {"order": order} for order in ("random", "halton", "entropy")}
-WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.2, 0.4, 1.0)}
+WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.2, 0.7, 1.0)}
 WAYS |= {f"steps {steps}": {"steps": steps} for steps in (4, 20)}
 STUDY = ("linear", "cosine", "square"), (1, 4, 8, 10, 20)
 WAYS |= {f"reports {s}, T={t}": REPORTS | {"schedule": s, "steps": t} for s, t in itertools.product(*STUDY)}
