@@ -104,7 +104,8 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
     ],
     "inpaint.py": [
         ("if digest in digests[part]:", "if part in digests[part]:"),
-        ("tokenizer.patch).any(axis=-1)", "tokenizer.patch).all(axis=-1)"),
+        ("patches.any(axis=-1)", "patches.all(axis=-1)"),
+        ("left = 2 * torch.rand(", "left = torch.rand("),
         ("- 2 * (visible * pixels) @ centroids.T", "- (visible * pixels) @ centroids.T"),
         ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
         ("(pictures, pictures[:, :, ::-1])", "(pictures, pictures[:, ::-1])"),
