@@ -881,7 +881,7 @@ def parse_arguments():
     add("--mirror", action=yes_no, default=True, help="train on mirrored pictures as well")
     add("--hole", choices=HOLES, default="brush", help="of validation and scores, default %(default)s")
     share = maskgit.at_least(0.0, float, below=1.0)
-    add("--hole-rows", type=share, default=0.5, help="share of a batch that hides holes, not --mask")
+    add("--hole-rows", type=share, default=0.5, help="share of a batch that hides holes; the rest hides --mask")
     add("--validation-images", type=count, default=200, help="default %(default)s")
     add("--preset", choices=("report",), help="R1 and R2's sizes, optimiser and loss")
     add("--loss", choices=("masked", "all"), default="masked", help="tokens that count (reports: all)")
