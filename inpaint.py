@@ -582,7 +582,8 @@ def train_model(settings, tokenizer, split, device, may_change):
     """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
     codes = encode_training(tokenizer, split.training, settings.mirror)
     coords, size = maskgit.grid_coords(*codes.shape[1:]), codes[0].size
-    with_hole = round(settings.hole_rows * settings.batch_size)
+    # Never all of them: a row with a hole may have nothing left to fill, one at random has.
+    with_hole = int(settings.hole_rows * settings.batch_size)
     of_each = min(1000, 1 + settings.steps * with_hole)
     holes = np.concatenate([make_holes(kind, of_each, settings.size, TRAINING_SEED) for kind in HOLES])
     holes = hidden_tokens(tokenizer, holes)

@@ -1736,6 +1736,9 @@ def test_training_batches(monkeypatch):
     assert (outside.amin(dim=1) == 0).all()
     whole, hidden = ({tuple(row) for row in whole.tolist()}, [tuple(row) for row in mask[3000:].tolist()])
     assert 0.5 < np.mean([row in whole for row in hidden]) < 0.75 and {sum(row) for row in hidden} >= {*range(1, 9)}
+    settings.batch_size, settings.hole_rows = 1, 0.9  # something is hidden in the smallest batch
+    batch, _ = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
+    assert all(batch(step)[1].any() for step in range(50))
 
 
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
