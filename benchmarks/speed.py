@@ -131,6 +131,7 @@ VARIANTS = {  # implementation, precision, whether freed memory is kept
     "maskgit.py, float32": (MaskGIT, "float32", True),
     "maskgit.py, bf16": (MaskGIT, "bf16", True),
 }
+ON_CUDA = {"plain, bf16": (Plain, "bf16", False), "maskgit.py, bf16, compiled": (MaskGIT, "bf16", True)}  # as well
 ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, dropout=0.0, head="linear")
 ONE_VARIANT = "import sys, speed; speed.measure(*sys.argv[1:])"
 
@@ -143,12 +144,14 @@ def random_batch(size, device):
 
 def measure(variant, batch_size, device):
     """Seconds of a training step and of a forward pass, printed for the process that asked."""
-    implementation, precision, keeps_memory = VARIANTS[variant]
+    implementation, precision, keeps_memory = (VARIANTS | ON_CUDA)[variant]
     if keeps_memory:
         keep_freed_memory()
     device = torch.device(device)
     model = (Plain() if implementation is Plain else MaskGIT(**ARCHITECTURE)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+    if "compiled" in variant:
+        model.compile()
     arguments = model, optimizer, *random_batch(int(batch_size), device), precision
     for work in (train_step, forward_pass):
         print(by_turns({work: functools.partial(work, *arguments)}, 3, device)[work])
@@ -156,7 +159,8 @@ def measure(variant, batch_size, device):
 
 def measure_variants(batch_size, rounds, device):
     """Medians: {"train_step": {variant: seconds}, "forward_pass": {variant: seconds}}."""
-    names = [name for name, (_, precision, _) in VARIANTS.items() if precision in ("float32", fast_precision(device))]
+    variants = VARIANTS | (ON_CUDA if device.type == "cuda" else {})
+    names = [name for name, (_, precision, _) in variants.items() if precision in ("float32", fast_precision(device))]
     taken = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -195,7 +199,7 @@ def main():
     attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
     work = 6 * (weights + attention) * tokens.numel()
     figures["share_of_matrix_rate"] = {
-        name: work / seconds / figures["matrix_rate"][VARIANTS[name][1]]
+        name: work / seconds / figures["matrix_rate"][(VARIANTS | ON_CUDA)[name][1]]
         for name, seconds in figures["train_step"].items()
     }
 
