@@ -131,7 +131,7 @@ VARIANTS = {  # implementation, precision, whether freed memory is kept
     "maskgit.py, float32": (MaskGIT, "float32", True),
     "maskgit.py, bf16": (MaskGIT, "bf16", True),
 }
-ON_CUDA = {"plain, bf16": (Plain, "bf16", False), "maskgit.py, bf16, compiled": (MaskGIT, "bf16", True)}  # as well
+ON_CUDA = {"plain, bf16": (Plain, "bf16", False)}  # as well
 ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, dropout=0.0, head="linear")
 ONE_VARIANT = "import sys, speed; speed.measure(*sys.argv[1:])"
 
@@ -150,8 +150,6 @@ def measure(variant, batch_size, device):
     device = torch.device(device)
     model = (Plain() if implementation is Plain else MaskGIT(**ARCHITECTURE)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    if "compiled" in variant:
-        model.compile()
     arguments = model, optimizer, *random_batch(int(batch_size), device), precision
     for work in (train_step, forward_pass):
         print(by_turns({work: functools.partial(work, *arguments)}, 3, device)[work])
@@ -217,9 +215,9 @@ def main():
     tokenizer = PatchTokenizer.fit(images[:100], CODES, 4, max_iter=3)
     seconds = by_turns({"encode": lambda: tokenizer.encode(images)}, settings.rounds, device)["encode"]
     figures["encode"] = {"seconds": seconds, "megabytes_per_second": images.size / 1e6 / seconds}
-    figures["help"] = by_turns(
-        {name: functools.partial(start_up, arguments) for name, arguments in STARTS.items()}, settings.rounds, device
-    )
+    if device.type == "cpu":
+        starts = {name: functools.partial(start_up, arguments) for name, arguments in STARTS.items()}
+        figures["help"] = by_turns(starts, settings.rounds, device)
     write_figures(settings, figures, settings.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])
