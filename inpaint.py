@@ -38,7 +38,8 @@ import maskgit
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
-RIM_NOISE = 3.5  # more than 1, since pixels are correlated; the best of 2, 3, 3.5, 4 and 5 on validation photographs
+NOISES, LEAST_NOISE, CORRELATED = 6, (4 / 255) ** 2, 4  # of pixel_evidence
+BORDER_SHARE = 0.2  # of a step between two tokens that is taken from each side; 0.15 to 0.25 are as good
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 TRAINING_SEED, VALIDATION_SEED, TEST_SEED = 3, 1, 2  # of the holes
 GREY = 128  # what R1 and R2 paint the hole with
@@ -513,19 +514,22 @@ def fill_in_batches(checkpoint, images, holes, options, seed=0):
 def pixel_evidence(tokenizer, images, holes):
     """Log-likelihood (B, h * w, K) of each token's visible pixels under each code, up to a term without the code.
     Most hidden tokens lie on the rim of a hole and show some of their pixels, which the transformer does not see. They
-    are taken as normal around the code's centroid; the variance is that of the picture's wholly visible tokens, times
-    RIM_NOISE. A token that is wholly hidden gets 0 for every code."""
+    are taken as normal around the code's centroid. The variance may be that of any wholly visible token of the picture,
+    since flat patches have hardly any and edges have much: a mixture, each of its NOISES one of their quantiles. The
+    log-likelihood is divided by CORRELATED. A token that is wholly hidden has the same for every code."""
     pixels = maskgit.image_patches(images / np.float32(255), tokenizer.patch, tokenizer.patch)
     visible = ~maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).repeat(3, axis=-1)
     pixels, visible = (values.reshape(len(images), -1, values.shape[-1]) for values in (pixels, visible))
     whole = visible.all(axis=-1)  # (B, h * w)
     errors = np.square(pixels - tokenizer.centroids[tokenizer.nearest(pixels)]).mean(axis=-1)
-    noise = (errors * whole).sum(axis=1) / whole.sum(axis=1).clip(min=1)
-    noise[~whole.any(axis=1)] = 0.01  # nothing to measure it on
-    noise = torch.from_numpy(RIM_NOISE * noise.clip(min=255**-2))[:, None, None]  # 8 bits leave no less
+    errors[~whole] = np.nan
+    errors[~whole.any(axis=1)] = 0.01  # nothing to measure it on
+    noises = np.nanquantile(errors, (np.arange(NOISES) + 0.5) / NOISES, axis=1).clip(min=LEAST_NOISE)  # (NOISES, B)
     pixels, visible, centroids = map(torch.from_numpy, (pixels, visible.astype(np.float32), tokenizer.centroids))
-    distances = visible @ centroids.T.square() - 2 * (visible * pixels) @ centroids.T  # (B, h * w, K)
-    return -distances / (2 * noise).float()
+    shown, count = visible * pixels, visible.sum(dim=-1, keepdim=True)
+    distances = shown.square().sum(dim=-1, keepdim=True) + visible @ centroids.T.square() - 2 * shown @ centroids.T
+    densities = (-distances / v - count * v.log() for v in torch.from_numpy(noises).float()[..., None, None])
+    return functools.reduce(torch.logaddexp, (density / (2 * CORRELATED) for density in densities))  # (B, h * w, K)
 
 
 def to_pictures(tokenizer, tokens, images, holes, blend):
@@ -535,8 +539,20 @@ def to_pictures(tokenizer, tokens, images, holes, blend):
     side = images.shape[1] // tokenizer.patch
     decoded = tokenizer.decode(tokens.cpu().numpy().reshape(-1, side, side))
     if blend:
+        if not isinstance(tokenizer, VQGAN):
+            decoded = soften_borders(decoded, tokenizer.patch)
         decoded = decoded + membrane(images / np.float32(255) - decoded, holes)
     return paste(images, holes, (decoded * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def soften_borders(pictures, patch):
+    """Pictures (B, H, W, C) where the pixels on both sides of each border of two tokens come nearer to each other."""
+    pictures, first = pictures.copy(), np.arange(patch, pictures.shape[1], patch)
+    for lines in (pictures, pictures.swapaxes(1, 2)):
+        step = BORDER_SHARE * (lines[:, first] - lines[:, first - 1])
+        lines[:, first] -= step
+        lines[:, first - 1] += step
+    return pictures
 
 
 def membrane(values, holes, sweeps=16):
@@ -863,7 +879,7 @@ def fill_files(settings):
 # How holes are filled, unless a flag says otherwise.
 FILLING = {"schedule": "cosine", "order": "confidence", "sample": "categorical", "temperature": 0.4}
 FILLING |= {"choice_temperature": 1.0, "stop_after": None, "blend": True}
-DEFAULTS = {"dim": 128, "heads": 4, "layers": 3, "batch_size": 8, "lr": 4e-3, "steps": 6000, "mask": "cosine"}
+DEFAULTS = {"dim": 128, "heads": 4, "layers": 3, "batch_size": 8, "lr": 4e-3, "steps": 10_000, "mask": "cosine"}
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "rotary": False, "batch_size": 10, "lr": 1e-4}
 REPORT |= {"optimizer": "adamw", "betas": (0.9, 0.96), "decay": "constant", "warmup": 0, "steps": 100 * 12_000 // 10}
