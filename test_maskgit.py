@@ -1515,22 +1515,28 @@ def test_cats_and_holes_depend_on_their_seed_and_number_alone(kind, distinct, lo
 
 
 def test_evidence_of_the_visible_pixels_by_loops():
-    """Differences between codes are those of a normal density; a token that is wholly hidden knows nothing."""
+    """Differences between codes are those of a mixture of normal densities; a wholly hidden token knows nothing."""
     rng = np.random.default_rng(0)
     images, holes = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), np.zeros((2, 8, 8), bool)
     holes[:, 2:8, 5:8] = holes[1, 4:8, 4:8] = True
     tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32), 4, 4)
     found = inpaint.pixel_evidence(tokenizer, images, holes).numpy()
-    assert found.shape == (2, 4, 5) and np.abs(found[1, 3]).max() == 0
+    assert found.shape == (2, 4, 5) and np.ptp(found[1, 3]) == 0
     codes = tokenizer.centroids.reshape(5, 4, 4, 3)
     for b in range(2):
         cells = [np.s_[b, y : y + 4, x : x + 4] for y in (0, 4) for x in (0, 4)]
         squares = [np.square(images[cell] / 255 - codes).sum(axis=3) for cell in cells]  # (5, 4, 4) each
         visible = [~holes[cell] for cell in cells]
         best = [of_cell.sum(axis=(1, 2)).min() for of_cell, seen in zip(squares, visible, strict=True) if seen.all()]
-        noise = 3.5 * np.mean(best) / 48
-        expected = -np.sum(np.array(squares) * np.array(visible)[:, None], axis=(2, 3)) / (2 * noise)
+        count = 3 * np.sum(visible, axis=(1, 2))[:, None]
+        distances = np.sum(np.array(squares) * np.array(visible)[:, None], axis=(2, 3))
+        noises = np.quantile(np.array(best) / 48, np.arange(1, 12, 2) / 12)
+        densities = [(-distances / noise - count * np.log(2 * np.pi * noise)) / 2 for noise in noises]
+        expected = np.logaddexp.reduce(np.array(densities) / 4)
         np.testing.assert_allclose(found[b] - found[b][:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-4)
+    flat, exact = np.full((2, 8, 8, 3), 51, np.uint8), PatchTokenizer(np.full((1, 48), 0.2, np.float32), 4)
+    holes[0] = True  # nothing to measure the noise on, and beside it none
+    assert inpaint.pixel_evidence(exact, flat, holes).isfinite().all()
 
 
 def test_a_membrane_solves_laplaces_equation():
@@ -1555,12 +1561,15 @@ def test_a_membrane_solves_laplaces_equation():
 
 
 def test_what_is_filled_in_is_shifted_to_join_its_rim():
-    """Pictures that are brighter than their tokens by 40, 20 and 10: the shift is known from what is visible."""
+    """Pictures brighter than their tokens with soft borders by 40, 20, 10: the shift is known from what is visible."""
     rng = np.random.default_rng(0)
     tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32) / 2, 4)
     codes, holes = rng.integers(5, size=(2, 4, 4)), rng.random((2, 16, 16)) < 0.4
     decoded, tokens = np.round(tokenizer.decode(codes) * 255), torch.from_numpy(codes).flatten(1)
-    images = (decoded + [40, 20, 10]).astype(np.uint8)
+    soft = np.eye(16)
+    for border in (4, 8, 12):
+        soft[border - 1 : border + 1, border - 1 : border + 1] = [[0.8, 0.2], [0.2, 0.8]]
+    images = (np.einsum("yv,xu,bvuc->byxc", soft, soft, decoded) + [40, 20, 10]).astype(np.uint8)
     filled = inpaint.to_pictures(tokenizer, tokens, np.where(holes[..., None], 0, images), holes, blend=True)
     assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
     plain = inpaint.to_pictures(tokenizer, tokens, images, holes, blend=False)
