@@ -81,7 +81,7 @@ def main():
         "--ways", nargs="+", default=KINDS[:-1], help=f"that begin so: {', '.join(KINDS)}, or one whole"
     )
     parser.add_argument("--pictures", type=at_least(8), default=200, help="at most so many")
-    parser.add_argument("--seeds", type=at_least(1), default=1, help="draws of each way")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="of holes and draws")
     parser.add_argument("--observer-steps", type=at_least(1), default=1500)
     parser.add_argument("--weights", type=Path, help="Inception's, for FID")
     parser.add_argument("--device", default="auto")
@@ -105,19 +105,20 @@ def main():
     true = features_of(images, *see, device)
     figures["two halves of the true pictures"] = fid.frechet_distance_from_features(true[::2], true[1::2])
 
-    def judge(kind, way, filled, holes, seed=0):
+    def judge(kind, way, filled, holes, seed):
         distance = fid.frechet_distance_from_features(true, features_of(filled, *see, device))
         row = {"holes": kind, "way": way, "seed": seed, "frechet": distance}
         rows.append(row | inpaint.picture_scores(images, holes, filled))
         print(kind, way, f"{rows[-1]['psnr']:.2f} dB, Frechet {distance:.4f}", file=sys.stderr, flush=True)
         table.setdefault(way, []).append(rows[-1])
 
-    for kind in settings.holes:
-        seed = inpaint.TEST_SEED if settings.part == "test" else inpaint.VALIDATION_SEED
-        holes = inpaint.make_holes(kind, len(images), run["size"], seed)
+    seed = inpaint.TEST_SEED if settings.part == "test" else inpaint.VALIDATION_SEED
+    for kind, draw in itertools.product(settings.holes, range(settings.seeds)):
+        holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)
         tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
-        judge(kind, "true tokens", inpaint.to_pictures(checkpoint["tokenizer"], tokens, images, holes, True), holes)
-        for way, draw in itertools.product(ways, range(settings.seeds)):
+        true_tokens = inpaint.to_pictures(checkpoint["tokenizer"], tokens, images, holes, True)
+        judge(kind, "true tokens", true_tokens, holes, draw)
+        for way in ways:
             filled = inpaint.fill_in_batches(checkpoint, images, holes, AS_SET | ways[way], draw)
             judge(kind, way, filled, holes, draw)
     settings.device = str(device)
