@@ -39,7 +39,6 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
 NOISES, LEAST_NOISE, CORRELATED = 6, (4 / 255) ** 2, 4  # of pixel_evidence
-BORDER_SHARE = 0.2  # of a step between two tokens that is taken from each side; 0.15 to 0.25 are as good
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 TRAINING_SEED, VALIDATION_SEED, TEST_SEED = 3, 1, 2  # of the holes
 GREY = 128  # what R1 and R2 paint the hole with
@@ -533,9 +532,9 @@ def pixel_evidence(tokenizer, images, holes):
 
 
 def to_pictures(tokenizer, tokens, images, holes, blend):
-    """Tokens (B, T) in the holes of images (B, S, S, 3): uint8. `blend` shifts them to join what is visible.
-    What is visible shows by how much the decoded picture is off there; into the hole this error is continued as a
-    membrane (Pérez et al., Poisson image editing, 2003)."""
+    """Tokens (B, T) in the holes of images (B, S, S, 3): uint8. `blend` softens the borders between k-means tokens, and
+    shifts them to join what is visible: there the picture shows by how much the decoded one is off; into the hole this
+    error is continued as a membrane (Pérez et al., Poisson image editing, 2003)."""
     side = images.shape[1] // tokenizer.patch
     decoded = tokenizer.decode(tokens.cpu().numpy().reshape(-1, side, side))
     if blend:
@@ -547,9 +546,10 @@ def to_pictures(tokenizer, tokens, images, holes, blend):
 
 def soften_borders(pictures, patch):
     """Pictures (B, H, W, C) where the pixels on both sides of each border of two tokens come nearer to each other."""
+    share = min(0.2, patch / 20)  # of a step, from each side; good for patches of 2, 4 and 8 on validation pictures
     pictures, first = pictures.copy(), np.arange(patch, pictures.shape[1], patch)
     for lines in (pictures, pictures.swapaxes(1, 2)):
-        step = BORDER_SHARE * (lines[:, first] - lines[:, first - 1])
+        step = share * (lines[:, first] - lines[:, first - 1])
         lines[:, first] -= step
         lines[:, first - 1] += step
     return pictures
@@ -921,7 +921,7 @@ def parse_arguments():
     add("--temperature", type=maskgit.at_least(1e-6, float))
     add("--choice-temperature", type=maskgit.at_least(0.0, float))
     add("--evidence", action=yes_no, help="use the visible pixels of tokens partly in a hole; not with --vqgan")
-    add("--blend", action=yes_no, help="shift what is filled in to join its rim")
+    add("--blend", action=yes_no, help="soften the tokens' borders, and shift what is filled in to join its rim")
     add("--stop-after", type=count, help="commit all that is left after this many steps")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=count, default=1, help="draws behind each row of the table")
