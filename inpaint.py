@@ -9,7 +9,7 @@ A mask has its image's size: 255 (white) is visible, 0 is the hole. A token with
 from the others; the pixels that were visible come back as they were.
 
 The cats: 23.7 dB inside the holes after 14 minutes on one core of an AMD EPYC server, where the codebook allows
-26.6 (results/inpaint.json). Photographs, 90 minutes: 21.3 of 25.5 dB (results/inpaint_cats64.json).
+26.6 (results/inpaint.json); two cores take 9. Photographs, 90 minutes: 21.3 of 25.5 dB (results/inpaint_cats64.json).
 
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 """
