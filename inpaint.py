@@ -38,7 +38,7 @@ import maskgit
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 PART_ENDS = (0.843, 0.843 + 0.060)  # of training and validation, in the range of the images' hashes, [0, 1)
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
-NOISES, LEAST_NOISE, CORRELATED = 6, (4 / 255) ** 2, 4  # of pixel_evidence
+NOISES, LEAST_NOISE, CORRELATED = 6, (4 / 255) ** 2, 4  # of pixel_evidence, by validation pictures
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 TRAINING_SEED, VALIDATION_SEED, TEST_SEED = 3, 1, 2  # of the holes
 GREY = 128  # what R1 and R2 paint the hole with
@@ -545,7 +545,7 @@ def to_pictures(tokenizer, tokens, images, holes, blend):
 
 
 def soften_borders(pictures, patch):
-    """Pictures (B, H, W, C) where the pixels on both sides of each border of two tokens come nearer to each other."""
+    """Pictures (B, S, S, C) where the pixels on both sides of each border of two tokens come nearer to each other."""
     share = min(0.2, patch / 20)  # of a step, from each side; good for patches of 2, 4 and 8 on validation pictures
     pictures, first = pictures.copy(), np.arange(patch, pictures.shape[1], patch)
     for lines in (pictures, pictures.swapaxes(1, 2)):

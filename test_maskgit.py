@@ -1574,6 +1574,8 @@ def test_what_is_filled_in_is_shifted_to_join_its_rim():
     assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
     plain = inpaint.to_pictures(tokenizer, tokens, images, holes, blend=False)
     assert (plain[holes] == decoded[holes]).all() and (plain[~holes] == images[~holes]).all()
+    step = np.tile([0, 0, 1.0, 1], (1, 4, 1))[..., None]
+    assert inpaint.soften_borders(step, 2)[0, 0].flatten() == pytest.approx([0, 0.1, 0.9, 1])
 
 
 def test_picture_scores_by_hand():

@@ -114,7 +114,7 @@ def main():
 
     seed = inpaint.TEST_SEED if settings.part == "test" else inpaint.VALIDATION_SEED
     for kind, draw in itertools.product(settings.holes, range(settings.seeds)):
-        holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)
+        holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)  # 0: those of the run's scores
         tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
         true_tokens = inpaint.to_pictures(checkpoint["tokenizer"], tokens, images, holes, True)
         judge(kind, "true tokens", true_tokens, holes, draw)

@@ -128,10 +128,10 @@ def matrix_rate(device):
 VARIANTS = {  # implementation, precision, whether freed memory is kept
     "plain, float32": (Plain, "float32", False),
     "plain, float32, memory kept": (Plain, "float32", True),
+    "plain, bf16": (Plain, "bf16", False),
     "maskgit.py, float32": (MaskGIT, "float32", True),
     "maskgit.py, bf16": (MaskGIT, "bf16", True),
 }
-ON_CUDA = {"plain, bf16": (Plain, "bf16", False)}  # as well
 ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, dropout=0.0, head="linear")
 ONE_VARIANT = "import sys, speed; speed.measure(*sys.argv[1:])"
 
@@ -144,7 +144,7 @@ def random_batch(size, device):
 
 def measure(variant, batch_size, device):
     """Seconds of a training step and of a forward pass, printed for the process that asked."""
-    implementation, precision, keeps_memory = (VARIANTS | ON_CUDA)[variant]
+    implementation, precision, keeps_memory = VARIANTS[variant]
     if keeps_memory:
         keep_freed_memory()
     device = torch.device(device)
@@ -157,8 +157,7 @@ def measure(variant, batch_size, device):
 
 def measure_variants(batch_size, rounds, device):
     """Medians: {"train_step": {variant: seconds}, "forward_pass": {variant: seconds}}."""
-    variants = VARIANTS | (ON_CUDA if device.type == "cuda" else {})
-    names = [name for name, (_, precision, _) in variants.items() if precision in ("float32", fast_precision(device))]
+    names = [name for name, (_, precision, _) in VARIANTS.items() if precision in ("float32", fast_precision(device))]
     taken = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
@@ -197,7 +196,7 @@ def main():
     attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
     work = 6 * (weights + attention) * tokens.numel()
     figures["share_of_matrix_rate"] = {
-        name: work / seconds / figures["matrix_rate"][(VARIANTS | ON_CUDA)[name][1]]
+        name: work / seconds / figures["matrix_rate"][VARIANTS[name][1]]
         for name, seconds in figures["train_step"].items()
     }
 
