@@ -10,30 +10,20 @@ Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are 
 rectangles; R1 and R2 the two course reports on photographs.
 """
 
-import argparse
 import contextlib
 import copy
-import ctypes
-import functools
-import inspect
-import json
 import math
 import os
-import platform
-import random
-import re
-import shlex
-import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
@@ -69,7 +59,8 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
         raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
     if min(k, restarts, max_iter) < 1:
         raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
-    looked_at, distinct = 0, 0
+    looked_at = 0
+    distinct = 0
     while distinct < k and looked_at < len(points):  # no more of them than it takes
         looked_at = min(len(points), max(2 * k, 2 * looked_at))
         distinct = len(np.unique(points[:looked_at], axis=0))
@@ -113,7 +104,8 @@ def lloyd(points, centroids, max_iter, tol):
         if len(empty):
             moved[empty] = points[squared_distances(points, centroids, labels).argsort()[-len(empty) :]]
         shift = np.square(moved - centroids).sum()
-        centroids, before = moved, labels
+        centroids = moved
+        before = labels
         labels = nearest_centroid(points, centroids)
         changed = labels != before
         sums += cluster_sums(points[changed], labels[changed], k) - cluster_sums(points[changed], before[changed], k)
@@ -155,7 +147,8 @@ class PatchTokenizer:
 
     def __init__(self, centroids, patch, stride=None):
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
-        self.patch, self.stride = patch, stride or patch
+        self.patch = patch
+        self.stride = stride or patch
         self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
         if rest or not 1 <= self.stride <= patch:
             numbers = f"centroids of {self.centroids.shape[1]} numbers"
@@ -168,29 +161,20 @@ class PatchTokenizer:
         return cls(kmeans(patches.reshape(-1, patches.shape[-1]), codes, seed=seed, **options).centroids, patch, stride)
 
     def nearest(self, patches):
-        """Flattened patches (..., patch * patch * C) -> their codes (...)."""
+        """Flattened patches (..., patch * patch * C) -> their tokens (...)."""
         return nearest_centroid(patches.reshape(-1, patches.shape[-1]), self.centroids).reshape(patches.shape[:-1])
 
     def encode(self, images):
-        """Images (B, H, W, C) -> codes (B, h, w), a few images at a time: memory does not grow with B."""
+        """Images (B, H, W, C) -> tokens (B, h, w), a few images at a time: memory does not grow with B."""
         if images.shape[-1] != self.channels:
             raise ValueError(f"images have {images.shape[-1]} channels, the tokenizer was made for {self.channels}")
         at_once = max(1, 2**22 // images[0].size)
         parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
         return np.concatenate([self.nearest(image_patches(part, self.patch, self.stride)) for part in parts])
 
-    def decode(self, ids):
-        """Codes (B, h, w) -> images (B, H, W, C): the centroids, averaged where they overlap."""
-        b, h, w = ids.shape
-        height, width = ((n - 1) * self.stride + self.patch for n in (h, w))
-        patches = self.centroids[ids].reshape(b, h, w, self.patch, self.patch, self.channels)
-        total = np.zeros((b, height, width, self.channels), dtype=np.float32)
-        count = np.zeros((height, width, 1), dtype=np.float32)
-        for y, x in np.ndindex(self.patch, self.patch):
-            rows, columns = (slice(i, i + (n - 1) * self.stride + 1, self.stride) for i, n in ((y, h), (x, w)))
-            total[:, rows, columns] += patches[:, :, :, y, x]
-            count[rows, columns] += 1
-        return total / count
+    def decode(self, tokens):
+        """Tokens (B, h, w) -> images (B, H, W, C): the centroids, averaged where they overlap."""
+        return stitch_patches(self.centroids[tokens], self.patch, self.stride)
 
 
 def image_patches(images, patch, stride):
@@ -202,8 +186,24 @@ def image_patches(images, patch, stride):
     return windows.transpose(0, 1, 2, 4, 5, 3).reshape(b, *windows.shape[1:3], patch * patch * channels)
 
 
+def stitch_patches(patches, patch, stride):
+    """Images (B, H, W, C) of such patches (B, h, w, patch * patch * C): their mean where they overlap."""
+    b, h, w, size = patches.shape
+    height, width = ((n - 1) * stride + patch for n in (h, w))
+    pixels = patches.reshape(b, h, w, patch, patch, size // patch**2)
+    total = np.zeros((b, height, width, pixels.shape[-1]), dtype=np.float32)
+    count = np.zeros((height, width, 1), dtype=np.float32)
+    for y, x in np.ndindex(patch, patch):
+        rows, columns = (slice(i, i + (n - 1) * stride + 1, stride) for i, n in ((y, h), (x, w)))
+        total[:, rows, columns] += pixels[:, :, :, y, x]
+        count[rows, columns] += 1
+    return total / count
+
+
 # ---------------------------------------------------------------------------------------------------
 # Positions
+
+LAYOUTS = ("split", "printed")
 
 
 def grid_coords(height, width):
@@ -221,7 +221,7 @@ def position_encoding(coords, dim, layout="split"):
     """
     if dim % 4:
         raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
-    require_choice("position layout", layout, ("split", "printed"))
+    require_choice("position layout", layout, LAYOUTS)
     index = torch.arange(dim, device=coords.device)
     exponent = index / dim if layout == "printed" else index % (dim // 2) // 2 * 2 / (dim / 2)
     values = coords.float().repeat_interleave(dim // 2, dim=-1)  # (..., dim): x ... x, y ... y
@@ -244,10 +244,14 @@ def rotary_angles(coords, dim):
 # ---------------------------------------------------------------------------------------------------
 # Transformer
 
+NORMS = ("pre", "post")
+HEADS = ("linear", "tied", "cosine")
+
 
 def turn(x, angles):
     """Turn the pairs (x[i], x[i + d / 2]) of heads' vectors (..., B, heads, T, d) by angles (1 or B, 1, T, d / 2)."""
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos = angles.cos().to(x.dtype)
+    sin = angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
@@ -259,14 +263,17 @@ class Attention(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim {dim} is not divisible by {heads} heads")
-        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
 
     def forward(self, x, angles=None):
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D / heads)
-        query, key = qkv[:2] if angles is None else turn(qkv[:2], angles)
-        value = qkv[2]
+        query, key, value = qkv
+        if angles is not None:
+            query, key = turn(qkv[:2], angles)
         if query.is_cpu and query.requires_grad and query.dtype == torch.bfloat16:
             # By its definition: on a CPU the fused kernel is slow to differentiate in bf16.
             x = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
@@ -281,7 +288,9 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, hidden, dropout, norm):
         super().__init__()
-        self.norm, self.norm1, self.norm2 = norm, nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm = norm
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.dropout = nn.Dropout(dropout)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(dropout))
@@ -300,20 +309,20 @@ class MaskGIT(nn.Module):
 
     norm is Block's, positions the layout of position_encoding; rotary lets attention see differences of coordinates.
     head turns the last state, after a small MLP, into logits:
+    "linear"  a linear layer (S1's alternative, "predict the one-hot code");
     "tied"    dot product with each code's row of the embedding table, plus a bias per code (paper);
     "cosine"  cosine similarity with it (S1). At most 1, so with K codes the cross-entropy cannot fall below
-              log(1 + (K-1) e^-2), unless learn_temperature multiplies the similarities by a learned scale;
-    "linear"  a linear layer (S1's alternative, "predict the one-hot code").
+              log(1 + (K-1) e^-2), unless learn_temperature multiplies the similarities by a learned scale.
     """
 
     def __init__(
-        self, codes, dim, heads, layers, hidden=None, dropout=0.1, norm="pre", head="tied", positions="split",
-        rotary=False, learn_temperature=False,
+        self, codes, dim, heads, layers, hidden=None, dropout=0.0, norm="pre", head="linear", positions="split",
+        rotary=True, learn_temperature=False,
     ):  # fmt: skip
         super().__init__()
         hidden = hidden or 4 * dim
-        require_choice("norm", norm, ("pre", "post"))
-        require_choice("head", head, ("tied", "cosine", "linear"))
+        require_choice("norm", norm, NORMS)
+        require_choice("head", head, HEADS)
         if learn_temperature and head != "cosine":
             raise ValueError(f"learn_temperature belongs to the cosine head, not to {head!r}")
         self.config = dict(codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout, norm=norm)
@@ -333,7 +342,7 @@ class MaskGIT(nn.Module):
             self.log_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, tokens, coords):
-        dim, head = self.config["dim"], self.config["head"]
+        dim = self.config["dim"]
         positions = position_encoding(coords, dim, self.config["positions"])
         x = self.embedding(tokens) * math.sqrt(dim) + positions  # (B, T, D)
         angles = None
@@ -343,10 +352,10 @@ class MaskGIT(nn.Module):
         for block in self.blocks:
             x = block(x, angles)
         x = self.to_logits(self.last_norm(x))
-        if head == "linear":
+        if self.config["head"] == "linear":
             return x
         codebook = self.embedding.weight[: self.mask_id]  # (K, D)
-        if head == "tied":
+        if self.config["head"] == "tied":
             return F.linear(x, codebook, self.bias)
         similarity = F.linear(F.normalize(x, dim=-1), F.normalize(codebook, dim=-1))
         return similarity * self.log_scale.exp() if self.config["learn_temperature"] else similarity
@@ -383,50 +392,69 @@ def random_mask(shape, ratio, generator=None):
 
 
 def training_mask(shape, kind, generator=None, coords=None):
-    """Random hidden tokens of a kind: bool, of shape (B, T). kind is a name of SCHEDULES, to hide gamma(r) of each row
-    with r uniform (paper); a share such as "0.2", or "single" for one token (S2); a hole in tokens at coords (T, 2) or
-    (B, T, 2): the "box" that two tokens span, or the "half" beyond the middle on one of four sides; or several that
-    share the rows, such as "0.2+cosine"."""
-    kinds = kind.split("+")
+    """Random hidden tokens of a kind: bool, of shape (B, T). A kind is
+    a name of SCHEDULES    the share gamma(r) of each row, with r uniform (paper);
+    a share, or "single"   such as "0.2" of the tokens, or one of them (S2);
+    "box", "half"          of tokens at coords (T, 2) or (B, T, 2), those in the box that two of them span, or those
+                           beyond the middle on one of four sides;
+    several of these       such as "0.2+cosine", which share the rows."""
+    rows, tokens = shape
+    kinds = mask_kinds(kind)
     if len(kinds) > 1:
-        masks, parts = [], torch.arange(shape[0]).tensor_split(len(kinds))
-        for rows, each in zip(parts, kinds, strict=True):
-            at = coords if coords is None or coords.ndim == 2 else coords[rows]
-            masks.append(training_mask((len(rows), shape[1]), each, generator, at))
+        masks = []
+        for part, each in zip(torch.arange(rows).tensor_split(len(kinds)), kinds, strict=True):
+            at = coords if coords is None or coords.ndim == 2 else coords[part]
+            masks.append(training_mask((len(part), tokens), each, generator, at))
         return torch.cat(masks)
-    if kind in ("box", "half"):
+    if kind in HOLES:
         if coords is None:
             raise ValueError(f"the mask {kind!r} needs the coordinates of the tokens")
-        return hole(coords.expand(*shape, 2), kind, generator)
+        return HOLES[kind](coords.expand(*shape, 2), generator)
     if kind in SCHEDULES:
-        # One r from each B-th of [0, 1): the mean loss of a batch then depends less on luck.
-        r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
+        # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
+        r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
         return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
-    try:
-        return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
-    except ValueError:
-        raise ValueError(f"{kind!r} is no mask: choose single, a share, box, half, or {', '.join(SCHEDULES)}") from None
+    return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
 
 
-def hole(coords, kind, generator):
-    """training_mask's "box" and "half" of tokens at coords (B, T, 2): (B, T)."""
+def mask_kinds(kind):
+    """The parts of a kind of training_mask; ValueError if one of them is none."""
+    kinds = kind.split("+")
+    for each in kinds:
+        known = each == "single" or each in HOLES or each in SCHEDULES
+        with contextlib.suppress(ValueError):
+            known = known or 0 <= float(each) <= 1
+        if not known:
+            raise ValueError(f"{each!r} is no mask: choose single, a share, box, half, or {', '.join(SCHEDULES)}")
+    return kinds
+
+
+def random_box(coords, generator):
+    """The tokens at coords (B, T, 2) in the box that two of them span: (B, T)."""
     rows, tokens, _ = coords.shape
-    if kind == "box":
-        corners = torch.randint(tokens, (rows, 2, 1), generator=generator).expand(-1, -1, 2)
-        low, high = coords.gather(1, corners).aminmax(dim=1, keepdim=True)
-        return ((low <= coords) & (coords <= high)).all(dim=-1)
+    corners = torch.randint(tokens, (rows, 2, 1), generator=generator).expand(-1, -1, 2)
+    low, high = coords.gather(1, corners).aminmax(dim=1, keepdim=True)
+    return ((low <= coords) & (coords <= high)).all(dim=-1)
+
+
+def random_half(coords, generator):
+    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T)."""
+    rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
     side = torch.randint(4, (rows, 1, 1), generator=generator).expand(-1, tokens, -1)
     return torch.cat([beyond, -beyond], dim=-1).gather(2, side)[..., 0] > 0
 
 
-def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, count=None):
+HOLES = {"box": random_box, "half": random_half}
+
+
+def masked_cross_entropy(logits, targets, mask, *, count=None):
     """Cross-entropy in nats, averaged over the hidden tokens: a scalar. logits (B, T, K), mask (B, T); targets are
-    codes (B, T), or a distribution for each token (B, T, K). count replaces the number of tokens to divide by, so that
-    the parts of a larger batch add up to its mean."""
+    tokens (B, T), or a distribution for each (B, T, K). count replaces the number of tokens to divide by, so that the
+    parts of a larger batch add up to its mean."""
     targets = targets.transpose(1, 2) if targets.ndim == 3 else targets
-    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     return (loss * mask).sum() / (mask.sum() if count is None else count)
 
 
@@ -435,10 +463,10 @@ def masked_cross_entropy(logits, targets, mask, label_smoothing=0.0, *, count=No
 
 
 class Step(NamedTuple):
-    """What an order knows in a step of decode, of the n tokens that are still hidden and of the step."""
+    """What is known in a step of decode, of the n tokens that are still hidden and of the step."""
 
     log_probs: torch.Tensor  # (n, K): the model's, evidence and temperature included
-    values: torch.Tensor  # (n,): the code drawn for each; an order may put another in its place
+    tokens: torch.Tensor | None  # (n,): the token drawn for each; None before they are drawn
     image: torch.Tensor  # (n,): its image, 0 .. B-1, ascending
     place: torch.Tensor  # (n,): which of the image's T tokens it is
     coords: torch.Tensor  # (B, T, 2): of all tokens
@@ -449,59 +477,54 @@ class Step(NamedTuple):
     memory: dict  # whatever an order keeps for its next steps; empty at first
 
 
+def categorical(state):
+    """A token each, drawn from its probabilities (R2): (n,)."""
+    cumulative = state.log_probs.exp().cumsum(dim=-1)  # (n, K)
+    uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=cumulative.shape[1] - 1)  # uniform may round to the whole
+
+
+def likeliest(state):
+    """The most probable token each (R1): (n,)."""
+    return state.log_probs.argmax(dim=-1)
+
+
+SAMPLES = {"categorical": categorical, "argmax": likeliest}
+
 # An order is a function of a Step that says which of its tokens are committed now: by priorities, float (n,), of which
 # the schedule takes the highest; or at its own pace, by a bool (n,).
 
 
-def by_confidence(step, choice_temperature=4.5, log_probability=False):
-    """Those whose drawn value is the most probable, plus choice_temperature times Gumbel noise that fades with the
+def by_confidence(state, choice_temperature=4.5, log_probability=False):
+    """Those whose drawn token is the most probable, plus choice_temperature times Gumbel noise that fades with the
     steps. R1 and R2 rank by probability, the paper's code by its logarithm."""
-    confidence = step.log_probs.gather(-1, step.values[:, None])[:, 0]
+    confidence = state.log_probs.gather(-1, state.tokens[:, None])[:, 0]
     confidence = confidence if log_probability else confidence.exp()
-    gumbel = -torch.empty_like(confidence).exponential_(generator=step.generator).log()
-    return confidence + choice_temperature * (1 - step.step / step.steps) * gumbel
+    gumbel = -torch.empty_like(confidence).exponential_(generator=state.generator).log()
+    return confidence + choice_temperature * (1 - state.step / state.steps) * gumbel
 
 
-def at_random(step):
+def at_random(state):
     """Any, whatever the model says."""
-    return torch.rand(step.place.shape, generator=step.generator, device=step.place.device)
+    return torch.rand(state.place.shape, generator=state.generator, device=state.place.device)
 
 
-def by_halton(step):
-    """Evenly over the image: the k-th point of the Halton sequence (bases 2 and 3, stretched over the tokens' bounding
-    box) takes the nearest token not yet taken."""
-    if "halton" not in step.memory:
-        coords = step.coords
-        low, high = coords.amin(dim=1, keepdim=True), coords.amax(dim=1, keepdim=True)
-        priority = torch.full(coords.shape[:2], math.inf, device=coords.device)  # (B, T)
-        k = torch.arange(coords.shape[1], dtype=torch.float64, device=coords.device)
-        points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
-        for i in range(len(points)):
-            distance = (coords - (low + (high - low) * points[i])).square().sum(dim=-1)
-            nearest = distance.masked_fill(priority.isfinite(), math.inf).argmin(dim=1, keepdim=True)
-            priority.scatter_(1, nearest, float(-i))
-        step.memory["halton"] = priority
-    return step.memory["halton"][step.image, step.place]
-
-
-def radical_inverse(k, base):
-    """The digits of numbers k (T,) in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375. (T,)"""
-    return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
-
-
-def by_entropy(step, budget=0.001):
+def by_entropy(state, budget=0.001):
     """At its own pace: the most uncertain token and, with it, the most certain ones, as many as have entropies that add
     up to `budget` nats, and more where the schedule asks for it. Tokens committed together are drawn as if independent,
     which costs at most the sum of their entropies but the largest: so the most uncertain one is free."""
-    entropy = torch.special.entr(step.log_probs.exp()).sum(dim=-1)  # (n,)
-    of_all = entropy.new_zeros(step.coords.shape[:2]).index_put((step.image, step.place), entropy)  # (B, T)
-    ascending, token = of_all.sort(dim=1, stable=True)
-    beyond = (ascending.cumsum(dim=1) > budget).sum(dim=1)  # (B,): of these the last is asked
-    asked = step.place == token[step.image, -1]
-    return highest((-entropy).masked_fill(asked, math.inf), step.image, step.left.minimum((beyond - 1).clamp(min=0)))
+    entropy = torch.special.entr(state.log_probs.exp()).sum(dim=-1)  # (n,)
+    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.image, state.place), entropy)  # (B, T)
+    ascending, place = of_image.sort(dim=1, stable=True)
+    unpaid = (ascending.cumsum(dim=1) > budget).sum(dim=1)  # (B,): tokens that the budget does not reach
+    most_uncertain = state.place == place[state.image, -1]
+    priority = (-entropy).masked_fill(most_uncertain, math.inf)
+    left = (unpaid - 1).clamp(min=0)  # all of them but the most uncertain one
+    return all_but_lowest(priority, state.image, state.left.minimum(left))
 
 
-ORDERS = {"confidence": by_confidence, "random": at_random, "halton": by_halton, "entropy": by_entropy}
+ORDERS = {"confidence": by_confidence, "random": at_random, "entropy": by_entropy}
 
 
 @torch.no_grad()
@@ -518,7 +541,7 @@ def decode(
     steps       T: the number of network calls, or the most of them for an order with its own pace.
     schedule    a name of SCHEDULES, or such a function: how many tokens are still hidden after each step.
     order       a name of ORDERS, or such a function: which tokens are committed next.
-    sample      how a value is drawn: "categorical" (R2), or "argmax" (R1).
+    sample      a name of SAMPLES ("categorical" is R2's, "argmax" R1's), or such a function: which token each becomes.
     temperature divides the logits.
     stop_after  commit all that is left after this many steps (the reports' sweet spot).
     evidence    (B, T, K), added to the logits: the log-likelihood of what else is known of each token.
@@ -529,36 +552,45 @@ def decode(
     has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i is its own number at the
     start; by an order with its own pace any number that is smaller than before. After the last step none is left.
     """
-    gamma, order = SCHEDULES.get(schedule, schedule), ORDERS.get(order, order)
+    gamma = SCHEDULES.get(schedule, schedule)
+    order = ORDERS.get(order, order)
+    sample = SAMPLES.get(sample, sample)
     check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, temperature, stop_after)
-    tokens, hidden, memory = tokens.masked_fill(mask, model.mask_id), mask.clone(), {}
-    all_coords, last_step = coords.expand(*tokens.shape, 2), min(steps, stop_after or steps)
+    tokens = tokens.masked_fill(mask, model.mask_id)
+    hidden = mask.clone()
     at_start = hidden.sum(dim=1)  # (B,)
+    last_step = min(steps, stop_after or steps)
+    memory = {}
     for t in range(1, last_step + 1):
         rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished
         if not len(rows):
             break
         row, place = hidden[rows].nonzero(as_tuple=True)  # their n hidden tokens
-        image, had = rows[row], hidden.sum(dim=1)
+        image = rows[row]
         logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])[row, place].float()  # (n, K)
         if evidence is not None:
             logits = logits + evidence[image, place]
         log_probs = (logits / temperature).log_softmax(dim=-1)
         if log_probs.isnan().any():
             raise ValueError("the model's logits are no numbers")
-        values = log_probs.argmax(dim=-1) if sample == "argmax" else draw(log_probs, generator)
 
+        had = hidden.sum(dim=1)
         scheduled = (at_start.double() * float(gamma(t / steps))).long() * (t < last_step)
         left = scheduled.minimum(had - 1).clamp(min=0)
-        choice = order(Step(log_probs, values, image, place, all_coords, left, t, steps, generator, memory))
-        if choice.shape != values.shape:
-            raise ValueError(f"an order returned {tuple(choice.shape)} for {len(values)} hidden tokens")
-        if choice.dtype == torch.bool:  # those it chose, or the most certain one where an image has none; at last all
-            chosen = torch.zeros_like(had).index_add(0, image, choice.long())
-            left = (had - chosen.clamp(min=1)) * (t < last_step)
-            choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
-        commits = highest(choice, image, left)
-        tokens[image, place] = values.clamp(0, model.mask_id - 1).masked_fill(~commits, model.mask_id)
+        all_coords = coords.expand(*tokens.shape, 2)
+        state = Step(log_probs, None, image, place, all_coords, left, t, steps, generator, memory)
+        drawn = sample(state)
+        choice = order(state._replace(tokens=drawn))
+        for name, returned in (("sample", drawn), ("order", choice)):
+            if returned.shape != place.shape:
+                raise ValueError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
+        if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
+            raise ValueError(f"sample or order made a token that is none of the codes 0 .. {model.mask_id - 1}")
+        if choice.dtype == torch.bool:
+            commits = at_own_pace(choice, log_probs, image, had) | (t == last_step)
+        else:
+            commits = all_but_lowest(choice, image, left)
+        tokens[image, place] = drawn.masked_fill(~commits, model.mask_id)
         hidden[image, place] = ~commits
         if trace is not None:
             trace.append((tokens.clone(), hidden.clone()))
@@ -566,15 +598,14 @@ def decode(
 
 
 def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, temperature, stop_after):
-    if not callable(gamma):
-        require_choice("schedule", gamma, SCHEDULES)
-    if not callable(order):
-        require_choice("order", order, ORDERS)
-    require_choice("sample", sample, ("categorical", "argmax"))
+    named = {"schedule": (gamma, SCHEDULES), "order": (order, ORDERS), "sample": (sample, SAMPLES)}
+    for name, (function, choices) in named.items():
+        if not callable(function):
+            require_choice(name, function, choices)
     if steps < 1 or (stop_after is not None and stop_after < 1):
         raise ValueError("decode needs steps and stop_after of at least 1")
     if temperature <= 0:
-        raise ValueError('decode needs a temperature above 0; for the likeliest value use sample="argmax"')
+        raise ValueError('decode needs a temperature above 0; for the likeliest token use sample="argmax"')
     if tokens.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
     if bool((tokens[~mask] >= model.mask_id).any()):
@@ -583,15 +614,7 @@ def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, tem
         raise ValueError("decode needs a model without dropout: call model.eval() first")
 
 
-def draw(log_probs, generator):
-    """One code per token, drawn from log-probabilities (n, K): (n,)."""
-    cumulative = log_probs.exp().cumsum(dim=-1)
-    uniform = torch.rand(len(log_probs), 1, generator=generator, device=log_probs.device)
-    codes = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return codes.clamp(max=log_probs.shape[1] - 1)  # uniform may round to the whole
-
-
-def highest(priority, image, left):
+def all_but_lowest(priority, image, left):
     """All tokens but the `left` (B,) ones of lowest priority (n,) in each image (n,), ascending: bool (n,)."""
     ascending = priority.argsort(stable=True)
     ascending = ascending[image[ascending].argsort(stable=True)]  # image by image
@@ -599,68 +622,130 @@ def highest(priority, image, left):
     return rank >= left[image]
 
 
+def at_own_pace(choice, log_probs, image, had):
+    """What an order's bool choice (n,) commits of the `had` (B,) hidden tokens of each image: bool (n,). Where it is
+    none, the most certain one."""
+    chosen = torch.zeros_like(had).index_add(0, image, choice.long())  # (B,)
+    most_certain = all_but_lowest(log_probs.amax(dim=-1), image, had - 1)
+    return choice | (most_certain & (chosen[image] == 0))
+
+
 # ---------------------------------------------------------------------------------------------------
 # Training
 
 
+def setting(default, help, *, choices=None, low=None, below=None):
+    """A field of Settings: its default, what it is, and which values it may have. Scripts make a flag of each, but of
+    those without a help text."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Values with a name, checked where they are made. Subclasses have a setting() for each."""
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None and type(None) in get_args(each.type):
+                continue
+            for one in value if get_origin(each.type) is tuple else [value]:
+                check_setting(each, one)
+
+
+def kind_of(each):
+    """int, float, str or bool: of a field of Settings, or of each of its values if it is a tuple."""
+    return (get_args(each.type) or (each.type,))[0]
+
+
+def check_setting(each, value):
+    kind, low, below = kind_of(each), each.metadata["low"], each.metadata["below"]
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise ValueError(f"{each.name} is {value!r}, not of type {kind.__name__}")
+    if each.metadata["choices"]:
+        require_choice(each.name, value, each.metadata["choices"])
+    if (low is not None and not value >= low) or (below is not None and not value < below):
+        wanted = f"at least {low}" + (f" and below {below}" if below is not None else "")
+        raise ValueError(f"{each.name} is {value}; it must be {wanted}")
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """How to train: with the model and its batches all that decides the weights in the end."""
+
+    steps: int = setting(1000, "updates of the weights", low=1)
+    seed: int = setting(0, "of the first weights, batches and dropout", low=0)
+    accumulate: int = setting(1, "parts in which a batch is worked through", low=1)
+    loss: str = setting("masked", "the tokens that count; R1 and R2 have all", choices=("masked", "all"))
+    optimizer: str = setting("muon", "of the blocks' matrices; the rest is AdamW's", choices=("muon", "adamw"))
+    lr: float = setting(4e-3, "learning rate", low=0.0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "of AdamW", low=0.0, below=1.0)
+    weight_decay: float = setting(0.0, "of the blocks' matrices", low=0.0)
+    warmup: int = setting(100, "steps in which the learning rate rises", low=0)
+    decay: str = setting("linear", "of the learning rate after that, down to 0", choices=("linear", "constant"))
+    clip: float = setting(1.0, "largest norm of a gradient", low=0.0)
+    precision: str = setting("auto", "auto: bf16 where it is fast", choices=("auto", "float32", "bf16"))
+    compile: bool = setting(False, "torch.compile")
+    log_rows: int = setting(20, "rows of log.csv, each with a validation", low=1)
+
+    def on(self, device):
+        """The same, with the precision that "auto" means on a device."""
+        return replace(self, precision=fast_precision(device)) if self.precision == "auto" else self
+
+
+def fast_precision(device):
+    """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
+    cuda = device.type == "cuda"
+    native = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if native else "float32"
+
+
+CHECKPOINT_SECONDS = 120  # between two checkpoints
+
+
 def train(
-    model, batch, *, steps, seed=0, accumulate=1, every_position=False, soft_targets=None, optimizer="adamw", lr=1e-3,
-    betas=(0.9, 0.95), weight_decay=0.01, warmup=100, decay="linear", clip=1.0, precision="float32", compile=False,
-    on_policy=0.0, policy=by_entropy, validate=None, best_by=None, log_steps=100, out=None, tokenizer=None, config=None,
-    checkpoint_steps=None, resume=False,
-):  # fmt: skip
+    model, batch, recipe, *, out=None, resume=False, validate=None, best_by=None, tokenizer=None, soft_targets=None
+):
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
     batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
     the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
-    process takes its share of the rows; accumulate=n works through them in n parts. The gradient is always that of the
-    mean over all hidden tokens of the batch (every_position: all tokens, as R1 and R2 have it). soft_targets (K, K)
-    holds the distribution to predict in place of each code.
+    process takes its share of the rows; recipe.accumulate parts are worked through one after another. The gradient is
+    always that of the mean over all tokens of the batch that count. soft_targets (K, K) holds the distribution to
+    predict in place of each code.
 
-    The last rows of a batch, a share of on_policy, show what decode visits. They start as batch() has them. A row that
-    is not finished comes back in the next batch, and the tokens that the policy, an order at its own pace, commits by
-    the pass just made are then visible, with their true values. All coordinates must be the same, (T, 2).
-
-    out is a folder for model.pt, written every checkpoint_steps steps or two minutes, and log.csv, with a row every
-    log_steps steps to which validate(model) -> dict of floats may add columns. In the end the model is the last one, or
-    the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if config, plain values that are
-    saved, is the same. ValueError if the loss is no longer finite, or if another run writes to the same out. However a
-    run ends, the last checkpoint stays whole.
+    out is a folder for log.csv, to whose rows validate(model) -> dict of floats may add columns, and for model.pt,
+    written every two minutes with the tokenizer and the recipe. In the end the model is the last one, or the one whose
+    column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe are the same. ValueError if
+    the loss is no longer finite, or if another run writes to the same out. However a run ends, the last checkpoint
+    stays whole.
     """
-    device, (rank, world) = next(model.parameters()).device, process_rank()
-    run = Run(model, make_optimizers(model, optimizer, lr, betas, weight_decay), best_by, out)
+    device = next(model.parameters()).device
+    rank, world = process_rank()
+    recipe = recipe.on(device)
+    run = Run(model, recipe, out, best_by)
     if resume:
-        run.resume(config, device)
-    network = torch.compile(model) if compile else model
+        run.resume(device)
+    network = torch.compile(model) if recipe.compile else model
     if world > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     model.train()
-    while run.step < steps:
-        torch.manual_seed(step_seed(seed, run.step, rank))  # dropout, too, depends on the step alone
+    while run.step < recipe.steps:
+        torch.manual_seed(step_seed(recipe.seed, run.step, rank))  # dropout, too, depends on the step alone
         tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
-        look = None
-        if count := round(on_policy * len(tokens)):
-            tokens, mask = run.go_on(count, tokens, mask, coords)
-            look = functools.partial(run.visit, policy, coords, len(tokens))
-        inputs, counted = tokens.masked_fill(mask, model.mask_id), torch.ones_like(mask) if every_position else mask
+        inputs = tokens.masked_fill(mask, model.mask_id)
         targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
-        with precision_context(device, precision):
-            loss = backward(network, inputs, targets, counted, coords, accumulate, look)
-        if look and world > 1:  # each process has seen its rows
-            torch.distributed.all_reduce(run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN)
-        run.update(loss, clip, lr * learning_rate_factor(run.step, steps, warmup, decay), precision)
+        counted = torch.ones_like(mask) if recipe.loss == "all" else mask
+        with precision_context(device, recipe.precision):
+            loss = backward(network, inputs, targets, counted, coords, recipe.accumulate)
+        run.update(loss)
         if rank == 0:
-            last = run.step == steps
-            if out:  # at the first step, since it may be impossible, and whenever somebody has removed it
-                run.path.parent.mkdir(parents=True, exist_ok=True)
-            run.print_progress(steps)
-            if last or run.step % log_steps == 0:
-                run.log(validate)
-            if last or run.step % (checkpoint_steps or math.inf) == 0 or time.monotonic() - run.saved > 120:
-                run.save(tokenizer, config)
+            run.report(validate, tokenizer)
     if world > 1:
-        time.sleep(0.5)  # destroying the group holds the interpreter's lock, which Gloo's threads need once more
+        # Destroying the group holds the interpreter's lock, which Gloo's threads need once more for what is under way;
+        # there is nothing to wait for that would say that they are done.
+        time.sleep(0.5)
         del network
         torch.distributed.destroy_process_group()
     model.load_state_dict((run.best or model).state_dict())
@@ -668,72 +753,71 @@ def train(
     return run.history
 
 
-def backward(network, inputs, targets, counted, coords, accumulate, look=None):
+def backward(network, inputs, targets, counted, coords, accumulate):
     """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
-    so the parts add up to its mean however the hidden tokens are spread over them. Each is shown to look(rows, logits).
-    """
+    so the parts add up to its mean however the hidden tokens are spread over them."""
     rank, world = process_rank()
     if len(inputs) < world * accumulate:
         raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
-    count, total = counted.sum(), torch.zeros((), device=inputs.device)
+    total = torch.zeros((), device=inputs.device)
     for i, rows in enumerate(torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)):
         # Processes exchange gradients once, after the last part.
         with contextlib.nullcontext() if world == 1 or i == accumulate - 1 else network.no_sync():
             logits = network(inputs[rows], coords if coords.ndim == 2 else coords[rows]).float()
-            loss = masked_cross_entropy(logits, targets[rows], counted[rows], count=count)
+            loss = masked_cross_entropy(logits, targets[rows], counted[rows], count=counted.sum())
             (loss * world).backward()  # DistributedDataParallel averages over the processes
         total += loss.detach()
-        if look:
-            look(rows, logits.detach())
     if world > 1:
         torch.distributed.all_reduce(total)
     return total
 
 
 class Run:
-    """The state of a training: all that a resumed one needs to go on to the very same weights."""
+    """The progress of a training: all that a resumed one needs to go on to the very same weights."""
 
-    def __init__(self, model, optimizers, best_by, out):
-        self.model, self.optimizers, self.best_by, self.path = model, optimizers, best_by, out and Path(out, "model.pt")
+    def __init__(self, model, recipe, out=None, best_by=None):
+        self.model = model
+        self.recipe = recipe
+        self.path = Path(out, "model.pt") if out else None
+        self.best_by = best_by
         self.best = None  # the model whose column `best_by` was the lowest
-        self.step, self.seconds, self.history, self.loss_sum = 0, 0.0, [], 0.0  # the sum: since the last row of history
-        self.visited = None  # tokens and mask of the on-policy rows
-        self.started = self.printed = self.saved = time.monotonic()
-        self.last_known = self.written()
+        self.optimizers = make_optimizers(model, recipe)
+        self.step = 0
+        self.seconds = 0.0
+        self.history = []  # the rows of log.csv
+        self.loss_sum = 0.0  # since the last of them
+        self.lr = 0.0  # of the last step, as is
+        self.gradient_norm = 0.0  # before it was clipped
+        self.started = time.monotonic()
+        self.printed = self.started
+        self.checkpointed = self.started
+        self.last_written = self.written()
 
-    def go_on(self, count, tokens, mask, coords):
-        """The batch, the last `count` rows being those on-policy rows that are not finished, or its own."""
-        visited = [part[-count:].clone() for part in (tokens, mask)]
-        if coords.ndim == 3 or (self.visited and self.visited[1].shape != visited[1].shape):
-            raise ValueError("on-policy rows come back in the next batch: all need one shape and the same coordinates")
-        if self.visited:
-            unfinished = self.visited[1].any(dim=1, keepdim=True)
-            visited = [torch.where(unfinished, *parts) for parts in zip(self.visited, visited, strict=True)]
-        self.visited = visited
-        return (torch.cat([new[:-count], old]) for new, old in zip((tokens, mask), visited, strict=True))
-
-    def visit(self, policy, coords, batch_size, rows, logits):
-        """Uncover what the policy commits next by these logits, in the on-policy ones of the batch's rows."""
-        mask = self.visited[1]
-        rows = rows - (batch_size - len(mask))
-        rows, logits = rows[rows >= 0], logits[rows >= 0]
-        image, place = mask[rows].nonzero(as_tuple=True)
-        log_probs, left = logits[image, place].log_softmax(dim=-1), mask[rows].sum(dim=1) - 1
-        at = coords.expand(len(rows), -1, -1)
-        mask[rows[image], place] = ~policy(Step(log_probs, None, image, place, at, left, 1, 1, None, {}))
-
-    def update(self, loss, clip, lr, precision):
+    def update(self, loss):
         """Step with the gradients at hand."""
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.lr = self.recipe.lr * learning_rate_factor(self.step, self.recipe)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
-            with WithoutBf16() if precision == "float32" else contextlib.nullcontext():
+                group["lr"] = self.lr
+            with WithoutBf16() if self.recipe.precision == "float32" else contextlib.nullcontext():
                 optimizer.step()
             optimizer.zero_grad()
-        self.step, self.loss_sum, self.lr = self.step + 1, self.loss_sum + loss, lr
+        self.step += 1
+        self.loss_sum = self.loss_sum + loss
         self.seconds = time.monotonic() - self.started
+
+    def report(self, validate, tokenizer):
+        """Show the progress, and write log.csv and model.pt when it is time."""
+        last = self.step == self.recipe.steps
+        if self.path:  # at the first step, since it may be impossible, and whenever somebody has removed it
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.print_progress(last)
+        if last or self.step % max(1, self.recipe.steps // self.recipe.log_rows) == 0:
+            self.log(validate)
+        if last or time.monotonic() - self.checkpointed > CHECKPOINT_SECONDS:
+            self.save(tokenizer)
 
     def mean_loss(self):
         return float(self.loss_sum) / (self.step - (self.history[-1]["step"] if self.history else 0))
@@ -743,11 +827,13 @@ class Run:
         if not (weights and math.isfinite(float(self.loss_sum) + float(self.gradient_norm))):
             raise ValueError(f"loss or weights are no longer finite at step {self.step}; try a lower learning rate")
 
-    def print_progress(self, steps):
+    def print_progress(self, last):
         """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
-        now, terminal, last = time.monotonic(), sys.stderr.isatty(), self.step == steps
+        terminal = sys.stderr.isatty()
+        now = time.monotonic()
         if last or now - self.printed > (1 if terminal else 10):
             self.printed = now
+            steps = self.recipe.steps
             minutes, seconds = divmod(round((steps - self.step) * self.seconds / self.step), 60)
             line = f"step {self.step}/{steps}  loss {self.mean_loss():.4f}  {self.step / self.seconds:.1f} steps/s  "
             end = "\r" if terminal and not last else "\n"
@@ -774,49 +860,55 @@ class Run:
         """When the checkpoint was written, in seconds; -inf if there is none."""
         return self.path.stat().st_mtime if self.path and self.path.exists() else -math.inf
 
-    def save(self, tokenizer, config):
+    def save(self, tokenizer):
         self.require_finite()
-        progress = {name: getattr(self, name) for name in ("step", "seconds", "loss_sum", "history", "visited")}
+        progress = dict(step=self.step, seconds=self.seconds, loss_sum=self.loss_sum, history=self.history)
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         training = dict(progress=progress, model=self.model.state_dict(), optimizers=optimizers)
         if self.path:
-            if self.written() > self.last_known + 2:  # not all file systems are exact to the second
+            if self.written() > self.last_written + 2:  # not all file systems are exact to the second
                 raise ValueError(f"another run has written {self.path}; --out renames")
-            belongings = dict(tokenizer=tokenizer, config=config, step=self.step, training=training)
+            belongings = dict(tokenizer=tokenizer, config=asdict(self.recipe), step=self.step, training=training)
             save_checkpoint(self.path, self.best or self.model, **belongings)
-        self.last_known, self.saved = self.written(), time.monotonic()
+        self.last_written = self.written()
+        self.checkpointed = time.monotonic()
 
-    def resume(self, config, device):
-        """Go on where the run that wrote the checkpoint stopped; ValueError if that had another config."""
+    def resume(self, device):
+        """Go on where the run that wrote the checkpoint stopped; ValueError if its model or recipe was another."""
         checkpoint = load_checkpoint(self.path, device)
-        before, now, saved = checkpoint["config"] or {}, config or {}, checkpoint["training"]
+        before = (checkpoint["config"] or {}) | checkpoint["model"].config
+        now = asdict(self.recipe) | self.model.config
         for name in sorted(before.keys() | now.keys()):
             if (was := before.get(name)) != now.get(name):
                 raise ValueError(f"{self.path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
         try:
-            vars(self).update(saved["progress"])
-            self.best = checkpoint["model"] if self.best_by and self.history else None
-            states = [saved["model"], *saved["optimizers"]]
+            training = checkpoint["training"]
+            progress = training["progress"]
+            self.step = progress["step"]
+            self.seconds = progress["seconds"]
+            self.loss_sum = progress["loss_sum"]
+            self.history = progress["history"]
+            states = [training["model"], *training["optimizers"]]
             for part, state in zip([self.model, *self.optimizers], states, strict=True):
                 part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} holds no training that fits this run: {error}".splitlines()[0]) from None
+        self.best = checkpoint["model"] if self.best_by and self.history else None
         self.started -= self.seconds
 
 
-def make_optimizers(model, optimizer, lr, betas, weight_decay):
+def make_optimizers(model, recipe):
     """[AdamW], or for "muon" [AdamW, Muon] with the matrices of the blocks on Muon (torch.optim), which makes each
     update orthogonal, scaled to AdamW's size so that both share lr. Only those matrices decay."""
-    require_choice("optimizer", optimizer, ("adamw", "muon"))
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     taken = {id(p) for p in matrices}
     groups = [dict(params=[p for p in model.parameters() if id(p) not in taken], weight_decay=0.0)]
-    if optimizer == "adamw":
-        groups.append(dict(params=matrices, weight_decay=weight_decay))
-    optimizers = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
-    if optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    decay = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        groups.append(dict(params=matrices, **decay))
+        return [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)]
+    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
+    return [adamw, torch.optim.Muon(matrices, **decay, adjust_lr_fn="match_rms_adamw")]
 
 
 class WithoutBf16(TorchFunctionMode):
@@ -827,13 +919,12 @@ class WithoutBf16(TorchFunctionMode):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
 
-def learning_rate_factor(step, steps, warmup, decay):
-    """What the learning rate is multiplied by at `step` of `steps`: a linear rise over `warmup` steps, then
-    "constant", or "linear" down to 0."""
-    done = max(0, step - warmup) / max(1, steps - warmup)
-    fall = {"constant": 1.0, "linear": 1 - done}
-    require_choice("decay", decay, fall)
-    return min(1.0, (step + 1) / (warmup + 1)) * fall[decay]
+def learning_rate_factor(step, recipe):
+    """What the learning rate is multiplied by at a step: a linear rise over the warm-up, then 1, or a fall to 0."""
+    rise = min(1.0, (step + 1) / (recipe.warmup + 1))
+    if recipe.decay == "constant":
+        return rise
+    return rise * (1 - max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
 
 
 def step_seed(seed, step, rank=0):
@@ -853,7 +944,8 @@ def process_rank():
 
 def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
     """Write model.pt whole or not at all: to a temporary file beside it, which then takes its name."""
-    path, partial = Path(path), Path(f"{path}.partial")
+    path = Path(path)
+    partial = Path(f"{path}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     contents = dict(architecture=model.config, weights=model.state_dict(), config=config, step=step, training=training)
     if tokenizer:
@@ -901,54 +993,95 @@ def load_checkpoint(path, device="cpu"):
 #
 # Command line, records and pictures: a copy of this file may end here.
 
+import argparse
+import ctypes
+import json
+import platform
+import re
+import shlex
+import subprocess
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+@dataclass(frozen=True)
+class Experiment(Recipe):
+    """All that decides the weights of a script's run: a Recipe, with its batches and its model."""
+
+    batch_size: int = setting(64, "rows of a batch, of all processes together", low=1)
+    mask: str = setting("cosine", "single, a schedule, a share, box, half, or several of them, as 0.2+cosine")
+    dim: int = setting(64, "width of the model", low=1)
+    heads: int = setting(4, "of attention", low=1)
+    layers: int = setting(4, "blocks of the model", low=1)
+    hidden: int | None = setting(None, "width of the MLPs; if it is not given, 4 x dim", low=1)
+    dropout: float = setting(0.0, "in the blocks", low=0.0, below=1.0)
+    norm: str = setting("pre", "where the blocks have their norms", choices=NORMS)
+    head: str = setting("linear", "what gives the logits", choices=HEADS)
+    learn_temperature: bool = setting(False, "of the cosine head")
+    positions: str = setting("split", "layout of the position encoding; printed is S1's", choices=LAYOUTS)
+    rotary: bool = setting(True, "attention sees differences of positions")
+
+    def __post_init__(self):
+        super().__post_init__()
+        mask_kinds(self.mask)
+
+    def new_model(self, codes, device):
+        torch.manual_seed(self.seed)
+        options = dict(norm=self.norm, head=self.head, positions=self.positions, rotary=self.rotary)
+        options |= dict(hidden=self.hidden, dropout=self.dropout, learn_temperature=self.learn_temperature)
+        return MaskGIT(codes, self.dim, self.heads, self.layers, **options).to(device)
+
 
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.set_defaults(record=run_record())  # at once: the code may change while it runs
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
 
-    def add_shared_options(self, out):
-        """What all scripts have; each sets the defaults of its model and training."""
-        add, count = self.add_argument_group("run, model and training").add_argument, at_least(1)
-        share = at_least(0.0, float, below=1.0)
-        add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
-        add("--json", type=Path, help="write the figures to this file as well")
-        add("--resume", action="store_true", help="go on with the run in --out")
-        add("--force", action="store_true", help="start over in a folder that holds a run")
-        add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-        add("--seed", type=at_least(0), default=0)
-        for flag in ("--dim", "--heads", "--layers", "--steps"):
-            add(flag, type=count)
-        add("--hidden", type=count, help="width of the MLPs, default 4 x dim")
-        add("--batch-size", type=count, help="of all processes together")
-        add("--mask", help="single, a schedule, a share, box, half, or several of them, as 0.2+cosine")
-        add("--on-policy", type=share, default=0.0, help="share of a batch's rows that follow decode, step by step")
-        add("--accumulate", type=count, default=1, help="parts in which a batch is worked through")
-        add("--checkpoint-steps", type=count, help="write model.pt so often, besides every two minutes")
-        add("--lr", type=at_least(0.0, float))
-        add("--warmup", type=at_least(0), default=100)
-        add("--dropout", type=share, default=0.0)
-        add("--optimizer", choices=("adamw", "muon"), default="muon")
-        add("--precision", choices=("auto", "float32", "bf16"), default="auto")
-        add("--head", choices=("tied", "cosine", "linear"), default="linear")
-        add("--rotary", action=argparse.BooleanOptionalAction, default=True, help="attention sees relative positions")
-        add("--compile", action="store_true", help="torch.compile")
-        self.set_defaults(norm="pre", positions="split", learn_temperature=False)
-        self.set_defaults(decay="linear", clip=1.0, weight_decay=0.0)
+
+def add_run_flags(parser, out):
+    """The flags of every script's run that do not touch its weights."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
+    add("--json", type=Path, help="write the figures to this file as well")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--force", action="store_true", help="start over in a folder that holds a run")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
-def at_least(low, kind=int, below=None):
-    """An argparse type: a number that is not below `low`, and below a limit if there is one."""
+def add_flags(parser, settings, **defaults):
+    """A flag for each field of a dataclass of Settings, some with other defaults."""
+    add = parser.add_argument_group(settings.__name__.lower()).add_argument
+    for each, default in ((each, getattr(settings(**defaults), each.name)) for each in fields(settings)):
+        flag = f"--{each.name.replace('_', '-')}"
+        help = each.metadata["help"]
+        if help is None:
+            continue
+        help += "" if default is None else "; default %(default)s"
+        if each.type is bool:
+            add(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+        else:
+            many = "+" if get_origin(each.type) is tuple else None
+            choices = each.metadata["choices"]
+            add(flag, type=kind_of(each), nargs=many, choices=choices, default=default, help=help)
+
+
+def settings_from(arguments, settings):
+    """The dataclass of Settings whose flags were given."""
+    values = {each.name: getattr(arguments, each.name) for each in fields(settings) if each.metadata["help"]}
+    return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def at_least(low):
+    """An argparse type: an integer that is not below `low`."""
 
     def number(text):
-        if not kind(text) >= low or (below is not None and kind(text) >= below):
-            raise argparse.ArgumentTypeError(f"{text} is below {low}" + (f", or not below {below}" if below else ""))
-        return kind(text)
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return int(text)
 
     return number
 
@@ -989,49 +1122,21 @@ def pick_device(name="auto"):
         raise ValueError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from None
 
 
-def fast_precision(device):
-    """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
-    cuda = device.type == "cuda"
-    native = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if native else "float32"
-
-
-def seed_everything(seed):
-    """Seed Python, numpy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def open_run(settings):
+def open_run(arguments):
     """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
-    device = pick_device(settings.device)
-    training_mask((99, 1), settings.mask, coords=torch.zeros(1, 2))  # complains if there is no such kind
-    settings.precision = fast_precision(device) if settings.precision == "auto" else settings.precision
-    if (settings.out / "model.pt").exists() and not (settings.resume or settings.force):
-        holds = f"{settings.out} holds a run already"
+    if (arguments.out / "model.pt").exists() and not (arguments.resume or arguments.force):
+        holds = f"{arguments.out} holds a run already"
         raise ValueError(f"{holds}: --resume goes on with it, --force starts over, --out renames")
-    return device
-
-
-def train_as_set(settings, codes, batch, device, *, may_change=(), **options):
-    """A new MaskGIT, trained by the settings that have the names of arguments, and the rows of its log. options go to
-    train(); all settings but may_change and these few must be the same in a resumed run."""
-    may_change = {"out", "json", "resume", "force", "device", "compile", "checkpoint_steps", "record", *may_change}
-    config = {name: value for name, value in vars(settings).items() if name not in may_change}
-    options = dict(config=config, log_steps=max(1, settings.steps // 20)) | options
-    for_model, for_training = (
-        {n: v for n, v in vars(settings).items() if n in inspect.signature(f).parameters} for f in (MaskGIT, train)
-    )
-    seed_everything(settings.seed)
-    model = MaskGIT(**for_model | {"codes": codes}).to(device)
-    return model, train(model, batch, **for_training | options)
+    return pick_device(arguments.device)
 
 
 def run_record():
-    """Where a number comes from: command, commit, machine, versions and date, as plain values."""
-    here, script, info = Path(__file__).resolve().parent, Path(sys.argv[0]), Path("/proc/cpuinfo")
+    """Where a number comes from: command, commit, machine, versions and date, as plain values. To be asked at the
+    start of a run, since the code may change while it runs."""
+    here = Path(__file__).resolve().parent
+    script = Path(sys.argv[0])
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(here))} rev-parse --short HEAD")
+    info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
@@ -1043,10 +1148,10 @@ def run_record():
     }
 
 
-def write_figures(settings, figures, *paths):
-    """The figures, the settings and where they come from, as JSON to each of the paths that is not None."""
-    plain = {k: str(v) if isinstance(v, Path) or v == math.inf else v for k, v in vars(settings).items()}
-    text = json.dumps({**plain.pop("record"), "settings": plain, **figures}, indent=1) + "\n"
+def write_figures(record, settings, figures, *paths):
+    """The figures, the settings (a dict) and where they come from, as JSON to each of the paths that is not None."""
+    plain = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    text = json.dumps({**record, "settings": plain, **figures}, indent=1, default=str) + "\n"
     for path in filter(None, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -1061,7 +1166,9 @@ def print_table(head, rows):
     print()
 
 
-INK, FAINT, FRAME = (40, 40, 40), (225, 225, 225), (170, 190, 215)
+INK = (40, 40, 40)
+FAINT = (225, 225, 225)
+FRAME = (170, 190, 215)
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888", "#661100"]
 
@@ -1071,7 +1178,8 @@ def image_grid(images, columns, *, scale=1, gap=4, titles=()):
     wide: a PIL image."""
     pixels = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
-    rows, top = math.ceil(count / columns), 22 if titles else 0
+    rows = math.ceil(count / columns)
+    top = 22 if titles else 0
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + top), FRAME)
     for i, image in enumerate(pixels.repeat(3 // channels, axis=-1)):
         corner = gap + i % columns * (width + gap), gap + top + i // columns * (height + gap)
@@ -1091,7 +1199,8 @@ def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
 def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, log_y=False):
     """A line chart of curves {label: (x values, y values)} and thin levels, references {label: y}, such as a limit, as
     a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
-    font, lines = ImageFont.load_default(26), {}
+    font = ImageFont.load_default(26)
+    lines = {}
     levels = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
     for label, curve in curves.items():
         points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x + y)]
@@ -1100,7 +1209,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     points = sum(lines.values(), [])
     if not points:
         raise ValueError(f"nothing to plot in {title!r}")
-    left, top, bottom = 160, 120, 960  # drawn at twice the size: smooth lines
+    left, top, bottom = 160, 120, 960  # twice the size of the picture, for smooth lines
     right = min(1300, 1680 - max(map(font.getlength, [*lines, *levels])))
     x_at, x_ticks = axis([x for x, _ in points], left, right, log_x)
     y_at, y_ticks = axis([*(y for _, y in points), *levels.values()], bottom - 24, top, log_y)
@@ -1119,7 +1228,9 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     paths = {label: [(x_at(x), y_at(y)) for x, y in line] for label, line in lines.items()}
     paths |= {label: [(left, y_at(y)), (right, y_at(y))] for label, y in levels.items()}
     for i, (label, path) in enumerate(paths.items()):
-        colour, width, legend = COLOURS[i % len(COLOURS)], 3 if label in levels else 5, top + 20 + 44 * i
+        colour = COLOURS[i % len(COLOURS)]
+        width = 3 if label in levels else 5
+        legend = top + 20 + 44 * i
         draw.line(path, fill=colour, width=width, joint="curve")
         draw.line([(right + 30, legend), (right + 90, legend)], fill=colour, width=width)
         draw.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")

@@ -4,8 +4,6 @@ best possible answer to every question can be computed.
     python train_squares.py                                  the default: 4 minutes on 2 CPU cores
     python train_squares.py --preset post2 --device cuda     S2's sizes (post1: S1's), for a GPU
     python train_squares.py --resume                         go on with an interrupted run
-    python train_squares.py --completions                    every order of decoding, with the trained model; and with
-                                                             a FILE of your own: README.md, "Your own order"
 
 The default run ends 0.0011 to 0.0012 nats per hidden pixel from the exact posterior (five seeds), after 4 minutes on
 two cores of an AMD EPYC server (results/squares.json).
@@ -16,18 +14,31 @@ A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (-
 import functools
 import itertools
 import math
-import runpy
-import sys
 import time
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 import maskgit
+from maskgit import setting
 
-BLACK, WHITE, MASK_ID = 0, 1, 2
+BLACK = 0
+WHITE = 1
+MASK_ID = 2
 TASKS = {"cosine": "cosine masking", "single": "one masked pixel", "0.2": "20 % masked"}
 SOURCES = {"cosine": "S1: does not converge", "single": "S2: essentially perfect", "0.2": "S2: solved"}
+
+
+@dataclass(frozen=True)
+class Squares(maskgit.Experiment):
+    """All that decides the weights of a run."""
+
+    grid: int = setting(8, "pixels per side of an image", low=1)
+    min_side: int = setting(2, "of a square", low=1)
+    max_side: int = setting(5, "included: 2 to 5 are S1's 126 images, 2 to 6 are 135", low=1)
+    presentations: int = setting(1, "how often an epoch shows every image", low=1)
+
 
 # ---------------------------------------------------------------------------------------------------
 # The prior and its exact posterior
@@ -47,7 +58,8 @@ def all_squares(grid, min_side, max_side):
 
 def consistent(prior, tokens, mask):
     """Which images of the prior (M, T) agree with every visible pixel: bool (B, M)."""
-    white, black = ((tokens == WHITE) & ~mask).float(), ((tokens == BLACK) & ~mask).float()
+    white = ((tokens == WHITE) & ~mask).float()
+    black = ((tokens == BLACK) & ~mask).float()
     disagreeing = black @ prior.T.float() + white @ (1 - prior).T.float()
     return disagreeing == 0
 
@@ -82,18 +94,21 @@ class ExactModel:
 # Training data, and scores against the posterior
 
 # Images and masks that no training run draws, unless its seed is as large.
-VALIDATION_SEED, TEST_SEED = 10**9, 10**9 + 1
-VALIDATION_COUNT, TEST_COUNT = 256, 4096
+VALIDATION_SEED = 10**9
+VALIDATION_COUNT = 256
+TEST_SEED = 10**9 + 1
+TEST_COUNT = 4096
 
 
-def make_batch(prior, settings):
+def make_batch(prior, recipe):
     """batch(step) for train(): each epoch shows every image `presentations` times in a random order."""
     coords = pixel_coords(prior)
-    size, epoch_length = settings.batch_size, len(prior) * settings.presentations
+    size = recipe.batch_size
+    epoch_length = len(prior) * recipe.presentations
 
     @functools.lru_cache(maxsize=4)
     def epoch_order(epoch):
-        generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, -1 - epoch))
+        generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, -1 - epoch))
         return torch.randperm(epoch_length, generator=generator) % len(prior)
 
     def batch(step):
@@ -101,8 +116,8 @@ def make_batch(prior, settings):
         epochs = range(first // epoch_length, (first + size - 1) // epoch_length + 1)
         order = torch.cat([epoch_order(epoch) for epoch in epochs])[first % epoch_length :]
         tokens = prior[order[:size]]
-        generator = torch.Generator().manual_seed(maskgit.step_seed(settings.seed, step))
-        return tokens, maskgit.training_mask(tokens.shape, settings.mask, generator, coords), coords
+        generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, step))
+        return tokens, maskgit.training_mask(tokens.shape, recipe.mask, generator, coords), coords
 
     return batch
 
@@ -122,7 +137,8 @@ def score(model, prior, kind, count, seed):
     posterior, in nats per hidden pixel."""
     tokens, mask, white = test_set(prior, kind, count, seed)
     device = next(model.parameters()).device
-    coords, inputs = pixel_coords(prior).to(device), tokens.masked_fill(mask, MASK_ID).split(1024)
+    coords = pixel_coords(prior).to(device)
+    inputs = tokens.masked_fill(mask, MASK_ID).split(1024)
     log_probs = torch.cat([model(part.to(device), coords).float().log_softmax(dim=-1).cpu() for part in inputs])[mask]
     truth = torch.stack([1 - white, white], dim=-1)  # (hidden pixels, 2)
     limit = torch.special.entr(truth).sum(dim=-1).mean().item()
@@ -135,85 +151,59 @@ def score(model, prior, kind, count, seed):
 # ---------------------------------------------------------------------------------------------------
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
-# An order by itself is tried with several numbers of steps; of a dict each setting, with as many steps as it likes.
-ORDERS = {
-    "entropy": {f"budget {b}": functools.partial(maskgit.by_entropy, budget=b) for b in (0.0001, 0.001, 0.1, 0.2, 0.5)},
-    "confidence": maskgit.by_confidence,
-    "confidence, log prob.": functools.partial(maskgit.by_confidence, log_probability=True),
-    "confidence, no noise": functools.partial(maskgit.by_confidence, choice_temperature=0.0),
-    "random": maskgit.at_random,
-    "halton": maskgit.by_halton,
-}
-STEPS = (4, 8, 16, 32, 64)
-EXACT_DRAWS = 20_000  # with exact marginals, of an order that depends on drawn numbers
-
-
-def decodings(path):
-    """[(order, setting, decode's arguments)] of ORDERS, and of a dict of that name in a Python file, if any."""
-    try:
-        orders, rows = ORDERS | (runpy.run_path(path)["ORDERS"] if path else {}), []
-    except Exception as error:  # whatever the file raises
-        raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
-    for name, order in orders.items():
-        if callable(order):
-            rows += [(name, f"{steps} steps", {"order": order, "steps": steps}) for steps in STEPS]
-        else:
-            rows += [(name, setting, {"order": each, "steps": STEPS[-1]}) for setting, each in order.items()]
-    return rows
+# The paper's order depends on the tokens that it draws, and has to be counted: so many times.
+EXACT_DRAWS = 20_000
+MODEL_DRAWS = 1000
 
 
 def fill(model, tokens, mask, device, **options):
     """The tokens with the hidden ones filled in by decode: (B, T)."""
-    generator = torch.Generator(device).manual_seed(TEST_SEED)
-    tokens, mask, coords = tokens.to(device), mask.to(device), pixel_coords(tokens).to(device)
-    return maskgit.decode(model, tokens, mask, coords, **{"generator": generator} | options).cpu()
+    options = {"generator": torch.Generator(device).manual_seed(TEST_SEED)} | options
+    coords = pixel_coords(tokens).to(device)
+    return maskgit.decode(model, tokens.to(device), mask.to(device), coords, **options).cpu()
 
 
 def completion_inputs(prior):
     """{name: (tokens, mask)} of every image of the prior: nothing is visible, half of the pixels, or a half."""
-    (x, y), side = pixel_coords(prior).T, math.isqrt(prior.shape[1])
-    hidden = {"nothing": x >= 0, "left half": x >= side / 2, "right half": x < side / 2}
-    hidden |= {"top half": y >= side / 2, "bottom half": y < side / 2}
+    x, y = pixel_coords(prior).T
+    middle = math.isqrt(prior.shape[1]) / 2
+    hidden = {"nothing": x >= 0, "left half": x >= middle, "right half": x < middle}
+    hidden |= {"top half": y >= middle, "bottom half": y < middle}
     masks = {name: mask.expand(prior.shape) for name, mask in hidden.items()}
     masks["random half"] = maskgit.random_mask(prior.shape, 0.5, torch.Generator().manual_seed(TEST_SEED))
     return {name: (prior, mask) for name, mask in masks.items()}
 
 
-def alike(tokens, mask):
-    """What averages over inputs (B, T) that show the same: (B, B), rows that add up to 1."""
-    shown = tokens.masked_fill(mask, MASK_ID)
-    same = (shown[:, None] == shown).all(dim=-1).double()
-    return same / same.sum(dim=1)
-
-
-def follow_images(model, prior, tokens, mask, device, options):
+def follow_images(model, prior, tokens, mask, device, **options):
     """How likely decode completes each input to each image of the prior, exactly and without drawing one: (B, M); and
-    the mean and largest number of network calls.
+    the network calls for each input and image, (B, M).
 
-    Every image that agrees with its input is followed: whatever the order commits takes the image's value, and the
-    probabilities of these values multiply. It ends in an error if the order looks at step.values, which are not there
-    yet, or draws numbers itself."""
+    For orders that neither look at drawn tokens nor draw numbers themselves. Every image that agrees with its input is
+    followed: whatever the order commits takes the image's value, and the probabilities of these multiply."""
     shown, which = tokens.masked_fill(mask, MASK_ID).unique(dim=0, return_inverse=True)  # each input once
     row, image = consistent(prior, shown, shown == MASK_ID).nonzero(as_tuple=True)
-    truth, hidden, chances, trace = prior[image].to(device), (shown == MASK_ID)[row], [], []
+    truth = prior[image].to(device)
+    hidden = (shown == MASK_ID)[row]
+    chances = []
+    trace = []
 
-    def follow(step):
-        choice = options["order"](step._replace(values=None))
-        step.values.copy_(truth[step.image, step.place])
-        chance = step.log_probs.gather(-1, step.values[:, None])[:, 0].double()
-        chances.append(torch.zeros_like(truth, dtype=torch.float64).index_put((step.image, step.place), chance))
-        return choice
+    def true_tokens(state):
+        tokens = truth[state.image, state.place]
+        chance = state.log_probs.gather(-1, tokens[:, None])[:, 0].double()
+        chances.append(torch.zeros_like(truth, dtype=torch.float64).index_put((state.image, state.place), chance))
+        return tokens
 
     generator = torch.Generator(device).manual_seed(TEST_SEED)
-    untouched, followed = generator.get_state(), {"order": follow, "sample": "argmax", "generator": generator}
-    fill(model, truth, hidden, device, **options | followed, trace=trace)
+    untouched = generator.get_state()
+    fill(model, truth, hidden, device, **options, sample=true_tokens, generator=generator, trace=trace)
     if not torch.equal(untouched, generator.get_state()):
-        raise ValueError("the order draws numbers itself")
+        raise ValueError("an order that draws numbers cannot be followed")
     committed = [chance.masked_fill(left, 0) for chance, (_, left) in zip(chances, trace, strict=True)]
-    p, calls = torch.stack(committed).sum(dim=(0, 2)).exp().cpu(), network_calls(hidden, trace)
-    found = torch.zeros(len(shown), len(prior), dtype=torch.float64).index_put((row, image), p)
-    weighted = p * which.bincount()[row]
-    return found[which], ((weighted * calls).sum() / weighted.sum()).item(), int(calls.max())
+    table = torch.zeros(2, len(shown), len(prior), dtype=torch.float64)
+    table[0, row, image] = torch.stack(committed).sum(dim=(0, 2)).exp().cpu()
+    table[1, row, image] = network_calls(hidden, trace)
+    found, calls = table[:, which]
+    return found, calls
 
 
 def network_calls(mask, trace):
@@ -222,13 +212,15 @@ def network_calls(mask, trace):
     return torch.stack(before).sum(dim=0).double()
 
 
-def count_images(model, prior, tokens, mask, device, options, draws):
-    """Likewise, as shares of so many completions."""
-    repeats, trace = math.ceil(draws / len(tokens)), []
-    tokens, mask = (part.repeat_interleave(repeats, dim=0) for part in (tokens, mask))
-    matches = (fill(model, tokens, mask, device, **options, trace=trace)[:, None] == prior).all(dim=-1)
-    found, calls = matches.view(-1, repeats, len(prior)).double().mean(dim=1), network_calls(mask, trace)
-    return found, calls.mean().item(), int(calls.max())
+def count_images(model, prior, tokens, mask, device, draws, **options):
+    """The share of each image of the prior in so many completions of each input: (B, M); and the network calls of each
+    completion, (B, draws)."""
+    trace = []
+    tokens, mask = (part.repeat_interleave(draws, dim=0) for part in (tokens, mask))
+    filled = fill(model, tokens, mask, device, **options, trace=trace)
+    matches = (filled[:, None] == prior).all(dim=-1)
+    calls = network_calls(mask, trace)
+    return matches.view(-1, draws, len(prior)).double().mean(dim=1), calls.view(-1, draws)
 
 
 def total_variation(found, truth):
@@ -237,44 +229,63 @@ def total_variation(found, truth):
     return float(((found - truth).abs().sum(dim=1) + 1 - found.sum(dim=1)).mean()) / 2
 
 
-def judge(model, prior, tokens, mask, device, options, draws):
-    """Completions beside the posterior: valid, the share of those that are an image of the prior; total variation and
-    KL divergence; and network calls. An order that depends on drawn numbers has to be counted: then, in place of KL,
-    exact_sampling is the total variation that so many draws from the posterior itself would show."""
+def agreement(prior, tokens, mask):
+    """The exact posterior of the images: (B, M)."""
     agree = consistent(prior, tokens, mask).double()
-    truth = agree / agree.sum(dim=1, keepdim=True)
-    try:
-        found, calls, most = follow_images(model, prior, tokens, mask, device, options)
-        result = {"kl": float((truth * (truth / found).log()).nansum(dim=1).mean().clamp(min=0))}
-    except (AttributeError, TypeError, ValueError):
-        found, calls, most = count_images(model, prior, tokens, mask, device, options, draws)
-        average, repeats = alike(tokens, mask), math.ceil(draws / len(tokens))
-        exact = np.random.default_rng(0).multinomial(repeats, truth, size=(100, len(truth))) / repeats
-        exact = (average @ torch.from_numpy(exact)).flatten(0, 1)
-        result = {"draws": repeats * len(tokens), "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
-        found = average @ found
-    result |= {"valid": float(found.sum(dim=1).mean()), "total_variation": total_variation(found, truth)}
-    return result | {"calls": calls, "most_calls": most}
+    return agree / agree.sum(dim=1, keepdim=True)
 
 
-def compare_orders(model, prior, device, inputs, decoders, draws):
-    """A row per input and decoder, with both marginals: the exact posterior's in the model's place, and the model's."""
-    rows, exact = [], ExactModel(prior.to(device))
-    for (given, start), (order, setting, options) in itertools.product(inputs.items(), decoders):
-        print(f"completions: {given}, {order}, {setting}", file=sys.stderr, flush=True)
-        rows.append({"given": given, "order": order, "setting": setting})
-        rows[-1]["exact"] = judge(exact, prior, *start, device, options, EXACT_DRAWS)
-        rows[-1]["model"] = judge(model, prior, *start, device, options, draws)
+def judge(found, truth, calls, weights):
+    """Completions beside the posterior, both (B, M): valid, the share of those that are an image of the prior; total
+    variation; and network calls, whose mean is weighted."""
+    result = {"valid": float(found.sum(dim=1).mean()), "total_variation": total_variation(found, truth)}
+    return result | {"calls": float((calls * weights).sum() / weights.sum()), "most_calls": int(calls.max())}
+
+
+def judge_followed(model, prior, tokens, mask, device, **options):
+    """Exactly, of an order that can be followed; with the KL divergence of the completions from the posterior."""
+    truth = agreement(prior, tokens, mask)
+    found, calls = follow_images(model, prior, tokens, mask, device, **options)
+    kl = float((truth * (truth / found).log()).nansum(dim=1).mean().clamp(min=0))
+    return {"kl": kl} | judge(found, truth, calls, found)
+
+
+def judge_counted(model, prior, device, draws, **options):
+    """By so many completions of nothing; with exact_sampling, the total variation that so many draws from the prior
+    itself would show."""
+    nothing = torch.full((1, prior.shape[1]), MASK_ID)
+    truth = agreement(prior, nothing, nothing == MASK_ID)
+    found, calls = count_images(model, prior, nothing, nothing == MASK_ID, device, draws, **options)
+    exact = np.random.default_rng(0).multinomial(draws, truth[0], size=100) / draws
+    floor = total_variation(torch.from_numpy(exact), truth)
+    return {"draws": draws, "exact_sampling": floor} | judge(found, truth, calls, torch.ones_like(calls))
+
+
+def score_completions(model, prior, device):
+    """A row per input, and one for the paper's order from nothing: with the exact posterior's marginals in the model's
+    place, and with the model's."""
+    rows = []
+    exact = ExactModel(prior.to(device))
+    for given, inputs in completion_inputs(prior).items():
+        row = {"given": given, "order": "entropy", "setting": "budget 0.001"}
+        for name, marginals in (("exact", exact), ("model", model)):
+            row[name] = judge_followed(marginals, prior, *inputs, device, order=maskgit.by_entropy)
+        rows.append(row)
+    rows.append({"given": "nothing", "order": "confidence", "setting": "16 steps"})
+    for name, marginals, draws in (("exact", exact, EXACT_DRAWS), ("model", model, MODEL_DRAWS)):
+        rows[-1][name] = judge_counted(marginals, prior, device, draws, order=maskgit.by_confidence, steps=16)
     return rows
 
 
 def print_completions(rows):
     """Exact marginals, then the trained model's. KL is nan where completions were counted."""
-    columns, line = ["total variation", "KL", "calls"], "{valid:.1%}|{total_variation:.3f}|{kl:.3f}|{calls:.1f}"
-    table = [[row["order"], row["setting"], row["given"]] for row in rows]
-    for cells, row in zip(table, rows, strict=True):
-        for result in (row["exact"], row["model"]):
-            cells += line.format(**{"kl": math.nan} | result).split("|")
+    table = []
+    for row in rows:
+        table.append([row["order"], row["setting"], row["given"]])
+        for found in (row["exact"], row["model"]):
+            table[-1] += [f"{found['valid']:.1%}", f"{found['total_variation']:.3f}"]
+            table[-1] += [f"{found.get('kl', math.nan):.3f}", f"{found['calls']:.1f}"]
+    columns = ["total variation", "KL", "calls"]
     maskgit.print_table(["completions", "setting", "given", "exact: valid", *columns, "model: valid", *columns], table)
 
 
@@ -288,7 +299,7 @@ def as_images(tokens):
     return np.array([0.0, 1.0, 0.5], dtype=np.float32)[tokens.cpu().numpy()].reshape(-1, side, side, 1)
 
 
-def draw_samples(model, prior, device):
+def paint_samples(model, prior, device):
     """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, a half."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
@@ -298,7 +309,7 @@ def draw_samples(model, prior, device):
     return maskgit.image_grid(as_images(columns.flatten(0, 1)), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
 
 
-def draw_generation(model, prior, device):
+def paint_generation(model, prior, device):
     """Frames of 12 images that are filled in from nothing."""
     nothing = torch.full((12, prior.shape[1]), MASK_ID)
     trace = [(nothing, nothing == MASK_ID)]
@@ -306,125 +317,83 @@ def draw_generation(model, prior, device):
     return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in trace]
 
 
-def train_model(settings, prior, device, out=None):
+def paint_loss(history, limit, mask):
+    """The loss in training, and the expected cross-entropy on unseen masks beside the posterior's."""
+    steps = [row["step"] for row in history]
+    curves = {"training batches": (steps, [row["loss"] for row in history])}
+    curves["unseen masks"] = (steps, [row["cross_entropy"] for row in history])
+    labels = {"title": f"Squares, {TASKS.get(mask, mask)}", "x_label": "step"}
+    labels["y_label"] = "cross-entropy, nats per hidden pixel"
+    return maskgit.line_plot(curves, **labels, references={"posterior, unseen masks": limit}, log_y=True)
+
+
+def train_model(recipe, prior, device, **options):
     """A trained MaskGIT, and the rows of its log with the expected cross-entropy on unseen masks in each."""
 
     def validate(model):
-        result = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)
+        result = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)
         return {"cross_entropy": result["cross_entropy"]}
 
-    batch, may_change = make_batch(prior, settings), ("preset", "completions", "draws")
-    return maskgit.train_as_set(settings, 2, batch, device, out=out, may_change=may_change, validate=validate)
+    model = recipe.new_model(2, device)
+    return model, maskgit.train(model, make_batch(prior, recipe), recipe, validate=validate, **options)
 
 
-def run(settings):
-    device, out = maskgit.open_run(settings), settings.out
-    prior = all_squares(settings.grid, settings.min_side, settings.max_side)
-    model, history = train_model(settings, prior, device, out)
-    if maskgit.process_rank()[0] > 0:
-        return
-    trained = time.monotonic()
-    tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in dict.fromkeys([settings.mask, *TASKS])}
-    inputs, compare = completion_inputs(prior), functools.partial(compare_orders, model, prior, device)
-    completions = compare(inputs, [("entropy", "budget 0.001", {"order": maskgit.by_entropy})], settings.draws)
-    papers = ("confidence", "16 steps", {"order": maskgit.by_confidence, "steps": 16})
-    completions += compare({"nothing": inputs["nothing"]}, [papers], settings.draws)
-
-    names = {"training batches": "loss", "unseen masks": "cross_entropy"}
-    curves = {name: ([row["step"] for row in history], [row[key] for row in history]) for name, key in names.items()}
-    limit = score(model, prior, settings.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
-    labels = {"x_label": "step", "y_label": "cross-entropy, nats per hidden pixel"}
-    labels |= {"title": f"Squares, {TASKS.get(settings.mask, settings.mask)}"}
-    plot = maskgit.line_plot(curves, **labels, references={"posterior, unseen masks": limit}, log_y=True)
-    plot.save(out / "loss.png")
-    maskgit.image_grid(as_images(prior), 18, scale=4).save(out / "prior.png")
-    draw_samples(model, prior, device).save(out / "samples.png")
-    maskgit.save_gif(out / "decode.gif", draw_generation(model, prior, device))
-    seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
-    figures = {"seconds": seconds, "images": len(prior), "parameters": sum(p.numel() for p in model.parameters())}
-    figures |= {"tasks": tasks, "completions": completions}
-    maskgit.write_figures(settings, figures, out / "metrics.json", settings.json)
-
-    head = ["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"]
-    line = "{kl:.5f}|{cross_entropy:.4f}|{limit:.4f}|{accuracy:.2%}|{posterior_accuracy:.2%}"
-    rows = [
-        [TASKS.get(kind, kind), *line.format(**row).split("|"), SOURCES.get(kind, "")] for kind, row in tasks.items()
-    ]
-    maskgit.print_table(head, rows)
-    print_completions(completions)
-    print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
-    print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
-
-
-# ---------------------------------------------------------------------------------------------------
-# All orders compared
-
-
-def run_completions(settings):
-    """Every order and setting with the model in --out, beside exact marginals; writes completions.json and .png."""
-    decoders, device, started = decodings(settings.completions), maskgit.pick_device(settings.device), time.monotonic()
-    checkpoint = maskgit.load_checkpoint(settings.out / "model.pt", device)
-    prior = all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
-    inputs = {name: completion_inputs(prior)[name] for name in ("nothing", "left half")}
-    rows = compare_orders(checkpoint["model"], prior, device, inputs, decoders, settings.draws)
-    figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
-    maskgit.write_figures(settings, figures, settings.out / "completions.json", settings.json)
-    shown, plots = [row for row in rows if row["given"] == "nothing"], []
-    labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
-    for marginals in ("exact", "model"):
-        curves = {}
-        for order, each in itertools.groupby(shown, lambda row: row["order"]):
-            points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
-            curves[order] = zip(*points, strict=True)
-        plot = maskgit.line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
-        plots.append(np.asarray(plot) / 255)
-    maskgit.image_grid(np.stack(plots), 2).save(settings.out / "completions.png")
-    print_completions(shown)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Settings
-
+DEFAULTS = dict(steps=3400, batch_size=126, mask="cosine+cosine+cosine+half", lr=6e-3)
 # S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
-# A batch here is each image once, S1 takes its rate and epochs from S2, and S2 takes S1's block but a head
+# A batch here is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a head
 # and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
-REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5, epochs=300)
-REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, weight_decay=0.0, rotary=False, on_policy=0.0)
+REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5)
+REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, rotary=False)
 POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
-POST1 |= dict(min_side=2, max_side=5, presentations=1, batch_size=126)
-POST2 = dict(dim=640, hidden=1600, head="linear", positions="split", mask="0.2")
-POST2 |= dict(min_side=1, max_side=4, presentations=40, batch_size=174)
+POST1 |= dict(steps=300, batch_size=126)
+POST2 = dict(dim=640, hidden=1600, mask="0.2")
+POST2 |= dict(min_side=1, max_side=4, presentations=40, steps=300 * 40, batch_size=174)
 PRESETS = {"post1": REPORTED | POST1, "post2": REPORTED | POST2}
 
 
 def parse_arguments():
-    parser, count = maskgit.CommandLine(__doc__), maskgit.at_least(1)
-    add = parser.add_argument_group("what to do").add_argument
-    add("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
-    help = "compare all decoding orders with the model in --out, and those of a Python file's dict ORDERS"
-    add("--completions", metavar="FILE", nargs="?", const="", help=help)
-    add("--draws", type=maskgit.at_least(20), default=1000, help="completions behind a count, default %(default)s")
-    add = parser.add_argument_group("images").add_argument
-    add("--grid", type=count, default=8, help="pixels per side")
-    add("--min-side", type=count, default=2)
-    add("--max-side", type=count, default=5, help="included: 2 to 5 are S1's 126 images, 2 to 6 are 135")
-    add("--epochs", type=count, help="instead of --steps; one epoch shows every image --presentations times")
-    add("--presentations", type=count, default=1)
-    parser.add_shared_options("runs/squares")
-    parser.set_defaults(mask="cosine+cosine+half+1", on_policy=0.5)
-    parser.set_defaults(dim=64, heads=4, layers=4, hidden=256, batch_size=126, lr=6e-3)
-    parser.set_defaults(**PRESETS.get(parser.parse_known_args()[0].preset, {}))
-    settings = parser.parse_args()
-    if settings.steps is None:
-        images = len(all_squares(settings.grid, settings.min_side, settings.max_side))
-        shown = (settings.epochs or 0) * settings.presentations * images
-        settings.steps = math.ceil(shown / settings.batch_size) or 3400
-    return settings
+    """The command line, and the recipe in it."""
+    parser = maskgit.CommandLine(__doc__)
+    parser.add_argument("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
+    maskgit.add_run_flags(parser, "runs/squares")
+    preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
+    maskgit.add_flags(parser, Squares, **DEFAULTS | preset)
+    arguments = parser.parse_args()
+    return arguments, maskgit.settings_from(arguments, Squares)
 
 
 def main():
-    settings = parse_arguments()
-    (run if settings.completions is None else run_completions)(settings)
+    record = maskgit.run_record()
+    arguments, recipe = parse_arguments()
+    device = maskgit.open_run(arguments)
+    recipe = recipe.on(device)
+    out = arguments.out
+    prior = all_squares(recipe.grid, recipe.min_side, recipe.max_side)
+    model, history = train_model(recipe, prior, device, out=out, resume=arguments.resume)
+    if maskgit.process_rank()[0] > 0:
+        return
+    trained = time.monotonic()
+    tasks = {kind: score(model, prior, kind, TEST_COUNT, TEST_SEED) for kind in dict.fromkeys([recipe.mask, *TASKS])}
+    completions = score_completions(model, prior, device)
+    seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
+    figures = {"seconds": seconds, "images": len(prior), "parameters": sum(p.numel() for p in model.parameters())}
+    figures |= {"tasks": tasks, "completions": completions}
+    maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
+
+    limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
+    paint_loss(history, limit, recipe.mask).save(out / "loss.png")
+    maskgit.image_grid(as_images(prior), 18, scale=4).save(out / "prior.png")
+    paint_samples(model, prior, device).save(out / "samples.png")
+    maskgit.save_gif(out / "decode.gif", paint_generation(model, prior, device))
+
+    table = []
+    for kind, row in tasks.items():
+        table.append([TASKS.get(kind, kind), f"{row['kl']:.5f}", f"{row['cross_entropy']:.4f}", f"{row['limit']:.4f}"])
+        table[-1] += [f"{row['accuracy']:.2%}", f"{row['posterior_accuracy']:.2%}", SOURCES.get(kind, "")]
+    maskgit.print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"], table)
+    print_completions(completions)
+    print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
+    print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
 
 
 if __name__ == "__main__":
