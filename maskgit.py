@@ -1035,11 +1035,18 @@ class Experiment(Recipe):
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
 
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description=None, **options):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
+
+
+def value_of(flag, default=None):
+    """What the command line has for a flag on which the defaults of others depend."""
+    parser = CommandLine(add_help=False)
+    parser.add_argument(flag, dest="value", default=default)
+    return parser.parse_known_args()[0].value
 
 
 def add_run_flags(parser, out):

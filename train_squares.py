@@ -356,8 +356,7 @@ def parse_arguments():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     maskgit.add_run_flags(parser, "runs/squares")
-    preset = PRESETS.get(parser.parse_known_args()[0].preset, {})
-    maskgit.add_flags(parser, Squares, **DEFAULTS | preset)
+    maskgit.add_flags(parser, Squares, **DEFAULTS | PRESETS.get(maskgit.value_of("--preset"), {}))
     arguments = parser.parse_args()
     return arguments, maskgit.settings_from(arguments, Squares)
 
