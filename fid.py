@@ -65,9 +65,11 @@ class Mixed(nn.Module):
 
     def __init__(self, channels, branches, pool, pooled=None):
         super().__init__()
-        self.chains, self.pool = [], pool  # a chain is a list of steps, a step a list of names
+        self.chains = []  # each a list of steps, a step a list of names
+        self.pool = pool
         for branch, steps in branches.items():
-            chain, before = [], channels
+            chain = []
+            before = channels
             for number, (width, kernel, *stride) in enumerate(steps, start=1):
                 name = f"{branch}_{number}" if len(steps) > 1 else branch
                 kernels = kernel if isinstance(kernel, dict) else {"": kernel}
@@ -159,7 +161,8 @@ def load_inception(dims=2048, weights=None, device="cpu"):
         raise ValueError(f"{path} does not hold the Inception weights: {str(error).splitlines()[0]}") from None
     for module in network.modules():
         if isinstance(module, Conv):
-            module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+            module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -250,7 +253,8 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
     size = min(subset_size, len(x) // 2, len(y) // 2)
     if size < 2:
         raise ValueError("KID needs at least four images on each side")
-    rng, estimates = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    estimates = []
     for _ in range(subsets):
         a, b = (f[rng.choice(len(f), size, replace=False)].astype(np.float64) for f in (x, y))
         aa, bb, ab = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
@@ -295,13 +299,18 @@ def statistics_of(batches, count):
     """Statistics of `count` features that come in batches (B, D), in memory that does not depend on their number."""
     kept = np.zeros(count, bool)
     kept[np.random.default_rng(0).permutation(count)[:KEPT]] = True
-    features, done, total, products = [], 0, 0.0, 0.0
+    features = []
+    done = 0
+    total = 0.0
+    products = 0.0
     for batch in batches:
         if done == 0:
             origin = batch.mean(axis=0, dtype=np.float64)  # sums of squares around it lose no digits
         features.append(batch[kept[done : done + len(batch)]])
         centred = batch - origin
-        total, products, done = total + centred.sum(axis=0), products + centred.T @ centred, done + len(batch)
+        total = total + centred.sum(axis=0)
+        products = products + centred.T @ centred
+        done += len(batch)
     sigma = (products - np.outer(total, total) / count) / (count - 1)
     return Statistics(origin + total / count, sigma, count, np.concatenate(features))
 
@@ -312,12 +321,15 @@ def folder_features(images, network, batch_size, num_workers):
     device = next(network.parameters()).device
     if device.type == "cpu":
         batch_size = min(batch_size, 8)  # what the layers make of more images does not fit the caches
-    started, done, shown = time.monotonic(), 0, 0.0
+    started = time.monotonic()
+    done = 0
+    shown = 0.0
     for batch in torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
         if unreadable := [image for image in batch if isinstance(image, str)]:
             raise ValueError("; ".join(unreadable))
         yield network(network_input(batch, device)).cpu().numpy()
-        done, seconds = done + len(batch), time.monotonic() - started
+        done += len(batch)
+        seconds = time.monotonic() - started
         if seconds > shown + 0.5 or done == len(images):
             left = (len(images) - done) * seconds / done
             line = f"{images.folder}: {done}/{len(images)} images, {done / seconds:.1f}/s, {left:.0f} s left"
@@ -370,7 +382,8 @@ def bias_at_least(a, b):
     The bias falls with the number of images like 1 / N, and more slowly while N is below the number of dimensions. So
     halving the sets adds as much again, or less.
     """
-    (a1, a2), (b1, b2) = halves(a), halves(b)
+    a1, a2 = halves(a)
+    b1, b2 = halves(b)
     return (fid_of(a1, b1) + fid_of(a2, b2)) / 2 - fid_of(a, b)
 
 
@@ -378,7 +391,8 @@ def halves(images):
     """The Statistics of two random halves of a set; the set twice if it is large, or too small to be halved."""
     if images.count is None or not 4 <= images.count < ENOUGH:
         return images, images
-    shuffled, half = np.random.default_rng(0).permutation(images.features), images.count // 2
+    shuffled = np.random.default_rng(0).permutation(images.features)
+    half = images.count // 2
     return statistics_of([shuffled[:half]], half), statistics_of([shuffled[half : 2 * half]], half)
 
 

@@ -18,7 +18,6 @@ import functools
 import itertools
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

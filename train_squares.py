@@ -151,7 +151,7 @@ def score(model, prior, kind, count, seed):
 # ---------------------------------------------------------------------------------------------------
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
-# The paper's order depends on the tokens that it draws, and has to be counted: so many times.
+# Orders that depend on drawn tokens or numbers, such as the paper's, have to be counted: in so many completions.
 EXACT_DRAWS = 20_000
 MODEL_DRAWS = 1000
 
@@ -174,13 +174,18 @@ def completion_inputs(prior):
     return {name: (prior, mask) for name, mask in masks.items()}
 
 
-def follow_images(model, prior, tokens, mask, device, **options):
+def distinct_inputs(tokens, mask):
+    """What is shown of each, (b, T) with MASK_ID where hidden, and which of these every input is: (B,)."""
+    return tokens.masked_fill(mask, MASK_ID).unique(dim=0, return_inverse=True)
+
+
+def follow_images(model, prior, tokens, mask, device, order, **options):
     """How likely decode completes each input to each image of the prior, exactly and without drawing one: (B, M); and
     the network calls for each input and image, (B, M).
 
     For orders that neither look at drawn tokens nor draw numbers themselves. Every image that agrees with its input is
     followed: whatever the order commits takes the image's value, and the probabilities of these multiply."""
-    shown, which = tokens.masked_fill(mask, MASK_ID).unique(dim=0, return_inverse=True)  # each input once
+    shown, which = distinct_inputs(tokens, mask)
     row, image = consistent(prior, shown, shown == MASK_ID).nonzero(as_tuple=True)
     truth = prior[image].to(device)
     hidden = (shown == MASK_ID)[row]
@@ -193,9 +198,16 @@ def follow_images(model, prior, tokens, mask, device, **options):
         chances.append(torch.zeros_like(truth, dtype=torch.float64).index_put((state.image, state.place), chance))
         return tokens
 
+    def blind(state):
+        try:
+            return order(state._replace(tokens=None))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"an order that looks at drawn tokens cannot be followed: {error}") from None
+
     generator = torch.Generator(device).manual_seed(TEST_SEED)
     untouched = generator.get_state()
-    fill(model, truth, hidden, device, **options, sample=true_tokens, generator=generator, trace=trace)
+    options |= {"order": blind, "sample": true_tokens, "generator": generator, "trace": trace}
+    fill(model, truth, hidden, device, **options)
     if not torch.equal(untouched, generator.get_state()):
         raise ValueError("an order that draws numbers cannot be followed")
     committed = [chance.masked_fill(left, 0) for chance, (_, left) in zip(chances, trace, strict=True)]
@@ -213,14 +225,15 @@ def network_calls(mask, trace):
 
 
 def count_images(model, prior, tokens, mask, device, draws, **options):
-    """The share of each image of the prior in so many completions of each input: (B, M); and the network calls of each
-    completion, (B, draws)."""
+    """The share of each image of the prior in `draws` completions of each distinct input: (B, M); and the network calls
+    of each, (B, draws)."""
+    shown, which = distinct_inputs(tokens, mask)
+    inputs = shown.repeat_interleave(draws, dim=0)
     trace = []
-    tokens, mask = (part.repeat_interleave(draws, dim=0) for part in (tokens, mask))
-    filled = fill(model, tokens, mask, device, **options, trace=trace)
-    matches = (filled[:, None] == prior).all(dim=-1)
-    calls = network_calls(mask, trace)
-    return matches.view(-1, draws, len(prior)).double().mean(dim=1), calls.view(-1, draws)
+    filled = fill(model, inputs, inputs == MASK_ID, device, **options, trace=trace)
+    found = (filled[:, None] == prior).all(dim=-1).double().view(len(shown), draws, len(prior)).mean(dim=1)
+    calls = network_calls(inputs == MASK_ID, trace).view(len(shown), draws)
+    return found[which], calls[which]
 
 
 def total_variation(found, truth):
@@ -250,15 +263,19 @@ def judge_followed(model, prior, tokens, mask, device, **options):
     return {"kl": kl} | judge(found, truth, calls, found)
 
 
-def judge_counted(model, prior, device, draws, **options):
-    """By so many completions of nothing; with exact_sampling, the total variation that so many draws from the prior
-    itself would show."""
-    nothing = torch.full((1, prior.shape[1]), MASK_ID)
-    truth = agreement(prior, nothing, nothing == MASK_ID)
-    found, calls = count_images(model, prior, nothing, nothing == MASK_ID, device, draws, **options)
-    exact = np.random.default_rng(0).multinomial(draws, truth[0], size=100) / draws
-    floor = total_variation(torch.from_numpy(exact), truth)
-    return {"draws": draws, "exact_sampling": floor} | judge(found, truth, calls, torch.ones_like(calls))
+def judge_counted(model, prior, tokens, mask, device, draws, **options):
+    """By so many completions, spread over the distinct inputs; with exact_sampling, the total variation that as many
+    draws from the posterior itself would show."""
+    shown, which = distinct_inputs(tokens, mask)
+    each = math.ceil(draws / len(shown))
+    found, calls = count_images(model, prior, tokens, mask, device, each, **options)
+    truth = agreement(prior, tokens, mask)
+    exact = np.random.default_rng(0).multinomial(
+        each, agreement(prior, shown, shown == MASK_ID), size=(100, len(shown))
+    )
+    exact = torch.from_numpy(exact / each)[:, which].flatten(0, 1)
+    result = {"draws": each * len(shown), "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
+    return result | judge(found, truth, calls, torch.ones_like(calls))
 
 
 def score_completions(model, prior, device):
@@ -266,15 +283,17 @@ def score_completions(model, prior, device):
     place, and with the model's."""
     rows = []
     exact = ExactModel(prior.to(device))
-    for given, inputs in completion_inputs(prior).items():
+    inputs = completion_inputs(prior)
+    for given, start in inputs.items():
         row = {"given": given, "order": "entropy", "setting": "budget 0.001"}
         for name, marginals in (("exact", exact), ("model", model)):
-            row[name] = judge_followed(marginals, prior, *inputs, device, order=maskgit.by_entropy)
+            row[name] = judge_followed(marginals, prior, *start, device, order=maskgit.by_entropy)
         rows.append(row)
-    rows.append({"given": "nothing", "order": "confidence", "setting": "16 steps"})
+    papers = {"given": "nothing", "order": "confidence", "setting": "16 steps"}
     for name, marginals, draws in (("exact", exact, EXACT_DRAWS), ("model", model, MODEL_DRAWS)):
-        rows[-1][name] = judge_counted(marginals, prior, device, draws, order=maskgit.by_confidence, steps=16)
-    return rows
+        options = dict(order=maskgit.by_confidence, steps=16)
+        papers[name] = judge_counted(marginals, prior, *inputs["nothing"], device, draws, **options)
+    return [*rows, papers]
 
 
 def print_completions(rows):

@@ -5,9 +5,9 @@
 S1's block, head and positions at a width that a CPU manages. A plot is written beside the figures.
 """
 
-import argparse
 import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,33 +47,36 @@ def cosine_head_limit(prior, kind, count):
 
 
 def main():
+    record = maskgit.run_record()
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=maskgit.at_least(1), default=500, help="of each training")
-    settings = parser.parse_args()
-    device, prior = maskgit.pick_device(settings.device), train_squares.all_squares(8, 2, 5)
-    sys.argv = ["train_squares.py", "--steps", str(settings.steps)]
-    default, rows, curves, table = train_squares.parse_arguments(), [], {}, []
-    default.precision = maskgit.fast_precision(device)
+    arguments = parser.parse_args()
+    device = maskgit.pick_device(arguments.device)
+    recipe = train_squares.Squares(steps=arguments.steps, **ALIKE | S1_RECIPE)
+    prior = train_squares.all_squares(recipe.grid, recipe.min_side, recipe.max_side)
+    rows = []
+    curves = {}
+    table = []
     for name, repair in variants().items():
         for seed in range(3):
-            varied = argparse.Namespace(**vars(default) | ALIKE | S1_RECIPE | repair | {"seed": seed})
-            model, history = train_squares.train_model(varied, prior, device)
+            model, history = train_squares.train_model(replace(recipe, **repair, seed=seed), prior, device)
             result = train_squares.score(model, prior, "cosine", TEST_COUNT, TEST_SEED)
             curve = [row["cross_entropy"] for row in history]
             rows.append({"variant": name, "seed": seed, **result, "curve": curve})
             print(f"{name}, seed {seed}: {result['cross_entropy']:.4f}", flush=True)
-        steps, found = [row["step"] for row in history], [row["cross_entropy"] for row in rows[-3:]]
+        steps = [row["step"] for row in history]
+        found = [row["cross_entropy"] for row in rows[-3:]]
         curves[name] = (steps, np.mean([row["curve"] for row in rows[-3:]], axis=0))
         table.append([name, *(f"{value:.4f}" for value in (np.mean(found), min(found), max(found)))])
-    references = {"cosine head's best": cosine_head_limit(prior, "cosine", TEST_COUNT)}
-    references |= {"exact posterior": rows[0]["limit"]}
+    limit = cosine_head_limit(prior, "cosine", TEST_COUNT)
+    references = {"cosine head's best": limit, "exact posterior": rows[0]["limit"]}
     figures = {"logged_steps": steps, "references": references, "runs": rows}
-    maskgit.write_figures(settings, figures, settings.json)
-    labels = {"x_label": "updates", "y_label": "cross-entropy on unseen masks, nats per hidden pixel"}
-    labels |= {"title": "S1's recipe and its repairs, mean of three seeds"}
-    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(settings.json.with_suffix(".png"))
+    maskgit.write_figures(record, vars(arguments), figures, arguments.json)
+    labels = {"title": "S1's recipe and its repairs, mean of three seeds", "x_label": "updates"}
+    labels["y_label"] = "cross-entropy on unseen masks, nats per hidden pixel"
+    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(arguments.json.with_suffix(".png"))
     maskgit.print_table(["variant", "cross-entropy", "lowest", "highest"], table)
 
 

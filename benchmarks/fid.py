@@ -31,7 +31,7 @@ import pytorch_fid.inception  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid as ours  # noqa: E402
-from maskgit import CommandLine, at_least, print_table, run_as_script, write_figures  # noqa: E402
+from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures  # noqa: E402
 
 FORMS = {
     "png": lambda image: (image, "png"),
@@ -96,21 +96,22 @@ def agreement(a, b, dims, weights, folder):
     their_statistics = [(np.mean(f, axis=0), np.cov(f, rowvar=False)) for f in expected]
     their_fid = theirs.calculate_frechet_distance(*their_statistics[0], *their_statistics[1])
     our_statistics = [ours.statistics_of(iter(np.array_split(f, 7)), count) for f in found]
-    our_file, their_file = folder / f"ours_{dims}.npz", folder / f"theirs_{dims}.npz"
+    our_file = folder / f"ours_{dims}.npz"
+    their_file = folder / f"theirs_{dims}.npz"
     ours.write_statistics(our_file, our_statistics[0])
     np.savez_compressed(their_file, mu=their_statistics[0][0], sigma=their_statistics[0][1])
     read_by_them = theirs.compute_statistics_of_path(str(our_file), None, 50, dims, "cpu")
     read_by_us = ours.read_statistics(their_file)
+    fid = ours.fid_of(*our_statistics)
+    fid_by_them = theirs.calculate_frechet_distance(*read_by_them, *their_statistics[1])
     return {
         "dims": dims,
         "images": count,
         "features": relative(np.concatenate(found), np.concatenate(expected)),
-        "fid": ours.fid_of(*our_statistics),
+        "fid": fid,
         "their_fid": float(their_fid),
-        "fid_difference": relative(ours.fid_of(*our_statistics), their_fid),
-        "our_file_read_by_them": relative(
-            theirs.calculate_frechet_distance(*read_by_them, *their_statistics[1]), their_fid
-        ),
+        "fid_difference": relative(fid, their_fid),
+        "our_file_read_by_them": relative(fid_by_them, their_fid),
         "their_file_read_by_us": relative(ours.fid_of(read_by_us, our_statistics[1]), their_fid),
     }
 
@@ -119,7 +120,7 @@ def few_images(features, counts):
     """Both distances where there are fewer images than dimensions."""
     rows = []
     for count in counts:
-        x, y = features[0][:count], features[1][:count]
+        x, y = (f[:count] for f in features)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             try:
@@ -135,7 +136,8 @@ def few_images(features, counts):
 
 def speed(a, weights, rounds, count):
     """Images per second from folder to features, and seconds per distance at 2,048 dimensions; by turns."""
-    images, distances = [], []
+    images = []
+    distances = []
     x, y = np.random.default_rng(0).standard_normal((2, 4000, 2048)) / np.sqrt(np.arange(1, 2049))
     gaussians = [value for f in (x, y) for value in (f.mean(axis=0), np.cov(f, rowvar=False))]
     for _ in range(rounds):
@@ -155,13 +157,13 @@ def median(rows):
 
 
 def main():
+    record = run_record() | {"pytorch-fid": version("pytorch-fid"), "scipy": version("scipy")}
     parser = CommandLine(__doc__)
     parser.add_argument("--images", type=Path, required=True, help="a folder of photographs of one size, 4,296 or more")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings = parser.parse_args()
-    settings.record |= {"pytorch-fid": version("pytorch-fid"), "scipy": version("scipy")}
-    files = sorted(path for path in settings.images.iterdir() if path.suffix in (".jpg", ".png"))
+    arguments = parser.parse_args()
+    files = sorted(path for path in arguments.images.iterdir() if path.suffix in (".jpg", ".png"))
     count = min(max(ours.DIMS) + 100, len(files) // 2)
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "weights.pth")
@@ -169,11 +171,12 @@ def main():
         pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
         a = mixed_folder(files[:count], Path(scratch, "a"))
         b = mixed_folder(files[count : 2 * count], Path(scratch, "b"))
-        images, distances = speed(a, weights, settings.rounds, 200)
+        images, distances = speed(a, weights, arguments.rounds, 200)
         rows = [agreement(a, b, dims, weights, Path(scratch)) for dims in ours.DIMS]
         few = few_images([our_features(folder, 2048, 747, weights) for folder in (a, b)], (100, 747))
     figures = {"images": median(images), "distance": median(distances), "agreement": rows, "few_images": few}
-    write_figures(settings, {**figures, "rounds": {"images": images, "distance": distances}}, settings.json)
+    figures |= {"rounds": {"images": images, "distance": distances}}
+    write_figures(record, vars(arguments), figures, arguments.json)
     head = ["dims", "images", "features", "FID", "pytorch-fid's", "difference"]
     names = ("features", "fid", "their_fid", "fid_difference")
     print_table(head, [[str(r["dims"]), str(r["images"]), *(f"{r[name]:.6g}" for name in names)] for r in rows])

@@ -28,6 +28,7 @@ from maskgit import (
     plus_plus,
     print_table,
     run_as_script,
+    run_record,
     write_figures,
 )
 
@@ -44,7 +45,8 @@ def photo_patches(folder, count):
 
 def lloyd_float64(points, centroids, iterations):
     """The inertia that plain Lloyd's iterations reach in float64."""
-    points, centroids = points.astype(np.float64), centroids.astype(np.float64)
+    points = points.astype(np.float64)
+    centroids = centroids.astype(np.float64)
     blocks = range(0, len(points), 4096)
     for iteration in range(iterations + 1):
         squares = np.square(centroids).sum(axis=1)
@@ -69,36 +71,35 @@ def timed(function, *arguments, **options):
 
 
 def main():
-    parser, count = CommandLine(__doc__), at_least(1)
+    record = run_record() | {"scikit-learn": sklearn.__version__, "faiss": faiss.__version__}
+    parser = CommandLine(__doc__)
+    count = at_least(1)
     parser.add_argument("--images", type=Path, required=True, help="a folder of photographs")
     parser.add_argument("--points", type=count, default=300_000)
     parser.add_argument("--codes", type=count, default=1024)
     parser.add_argument("--iterations", type=count, default=20)
     parser.add_argument("--starts", type=count, default=5)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings = parser.parse_args()
-    settings.record |= {"scikit-learn": sklearn.__version__, "faiss": faiss.__version__}
-    points, rows = photo_patches(settings.images, settings.points), []
-    for seed in range(settings.starts):
-        start, start_seconds = timed(plus_plus, points, settings.codes, np.random.default_rng(seed))
-        common = dict(init=start, max_iter=settings.iterations, tol=0)
-        ours, seconds = timed(kmeans, points, settings.codes, **common)
-        theirs, their_seconds = timed(KMeans(settings.codes, n_init=1, **common).fit, points)
-        faiss_inertia, faiss_seconds = timed(faiss_kmeans, points, settings.codes, **common)
-        exact = lloyd_float64(points, start, settings.iterations)
+    arguments = parser.parse_args()
+    points = photo_patches(arguments.images, arguments.points)
+    rows = []
+    for seed in range(arguments.starts):
+        start, start_seconds = timed(plus_plus, points, arguments.codes, np.random.default_rng(seed))
+        common = dict(init=start, max_iter=arguments.iterations, tol=0)
+        ours, seconds = timed(kmeans, points, arguments.codes, **common)
+        theirs, their_seconds = timed(KMeans(arguments.codes, n_init=1, **common).fit, points)
+        faiss_inertia, faiss_seconds = timed(faiss_kmeans, points, arguments.codes, **common)
+        exact = lloyd_float64(points, start, arguments.iterations)
         row = dict(start=seed, start_seconds=start_seconds, seconds=seconds, scikit_learn_seconds=their_seconds)
         row |= dict(ratio=seconds / their_seconds, inertia=ours.inertia, scikit_learn_inertia=float(theirs.inertia_))
-        row |= dict(
-            faiss_seconds=faiss_seconds, faiss_ratio=seconds / faiss_seconds, faiss_inertia=float(faiss_inertia)
-        )
-        rows.append(row | dict(float64_inertia=exact, excess=ours.inertia / theirs.inertia_ - 1))
+        row |= dict(faiss_seconds=faiss_seconds, faiss_ratio=seconds / faiss_seconds)
+        row |= dict(faiss_inertia=float(faiss_inertia), float64_inertia=exact)
+        rows.append(row | dict(excess=ours.inertia / theirs.inertia_ - 1))
     median = {name: statistics.median(row[name] for row in rows) for name in rows[0] if name != "start"}
-    write_figures(settings, {"median": median, "starts": rows}, settings.json)
+    write_figures(record, vars(arguments), {"median": median, "starts": rows}, arguments.json)
     names = ("seconds", "scikit_learn_seconds", "faiss_seconds", "inertia", "scikit_learn_inertia", "faiss_inertia")
-    table = [
-        [label, *(f"{row[name]:.2f}" for name in names)]
-        for label, row in [*((str(row["start"]), row) for row in rows), ("median", median)]
-    ]
+    shown = [*rows, {"start": "median"} | median]
+    table = [[str(row["start"]), *(f"{row[name]:.2f}" for name in names)] for row in shown]
     print_table(["start", "seconds", "scikit-learn", "faiss", "inertia", "scikit-learn", "faiss"], table)
 
 

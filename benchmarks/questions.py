@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_squares
-from maskgit import CommandLine, run_as_script, write_figures
+from maskgit import CommandLine, run_as_script, run_record, write_figures
 
 
 def even_tree(n):
@@ -45,7 +45,8 @@ class Plans:
         n = images.bit_count()
         if n < 3 or images in self.solved or self.at_least(images) > limit:
             return self.at_least(images)
-        best, bound = limit + 1, float("inf")
+        best = limit + 1
+        bound = float("inf")
         for part in self.questions(images):
             rest = images ^ part
             total = n + self.at_least(part) + self.at_least(rest)
@@ -53,7 +54,8 @@ class Plans:
                 total = n + self.search(part, best - 1 - n - self.at_least(rest)) + self.at_least(rest)
             if total < best:
                 total = n + self.at_least(part) + self.search(rest, best - 1 - n - self.at_least(part))
-            bound, best = min(bound, total), min(best, total)
+            bound = min(bound, total)
+            best = min(best, total)
         self.bound[images] = bound
         if bound <= limit:
             self.solved.add(images)
@@ -61,19 +63,24 @@ class Plans:
 
 
 def main():
+    record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--widths", type=int, nargs="*", default=[1, 2, 3], help="even questions tried for a plan")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings, rows, started = parser.parse_args(), [], time.monotonic()
+    arguments = parser.parse_args()
+    started = time.monotonic()
     prior = train_squares.all_squares(8, 2, 5)
-    count, everything = len(prior), 2 ** len(prior) - 1
-    for width in settings.widths:
+    count = len(prior)
+    everything = 2**count - 1
+    rows = []
+    for width in arguments.widths:
         rows.append({"width": width, "questions": Plans(prior, width).search(everything, float("inf"))})
         print(f"the {width} most even questions: {rows[-1]['questions'] / count + 1:.4f} calls", flush=True)
     limit = min([row["questions"] for row in rows], default=float("inf"))
     best = Plans(prior).search(everything, limit)
     figures = {"images": count, "plans": rows, "best": best, "calls": best / count + 1, "even_tree": even_tree(count)}
-    write_figures(settings, figures | {"seconds": time.monotonic() - started}, settings.json)
+    figures["seconds"] = time.monotonic() - started
+    write_figures(record, vars(arguments), figures, arguments.json)
     print(f"all questions: {best / count + 1:.4f} calls, the fewest")
 
 

@@ -1,16 +1,24 @@
-"""Samplers of the literature as orders of decode, a few lines each, and their second field: the rectangles' grid.
+"""Samplers of the literature as orders of decode, a few lines each, beside maskgit.py's own and yours.
 
-    python train_squares.py --completions benchmarks/samplers.py       on the squares, where the truth is known
-    python benchmarks/samplers.py --json results/samplers_grid.json    on the grid's model, in runs/rectangles_grid
+    python benchmarks/samplers.py --json results/samplers_squares.json       on the squares, where the truth is known
+    python benchmarks/samplers.py FILE                                       with the orders of a Python file, too
+    python benchmarks/samplers.py --grid --json results/samplers_grid.json   on the rectangles' grid
 
-On the grid 169 tokens are filled in, with the left half of them hidden and with all. A completed grid is explained if
-some rectangle has just these tokens. Samplers that take tokens back (ReMDM, P2) are left out: they ask the
-model about states that no image agrees with, where exact marginals are not defined.
+FILE has a dict ORDERS: name -> an order, or a dict of an order's settings. Orders that neither look at drawn tokens nor
+draw numbers may be named in a set EXACT: on the squares these are scored exactly, the others by counting.
+
+The model is that of runs/squares or runs/rectangles_grid (--out). On the squares exact marginals stand beside it. On
+the grid 169 tokens are filled in, with the left half of them hidden and with all; a completed grid is explained if some
+rectangle has just these tokens. Samplers that take tokens back (ReMDM, P2) are left out: they ask the model about
+states that no image agrees with, where exact marginals are not defined.
 """
 
 import functools
+import itertools
 import math
+import runpy
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +26,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rectangles
+import train_squares
 from maskgit import (
     CommandLine,
-    at_least,
+    all_but_lowest,
     at_random,
     by_confidence,
     by_entropy,
-    by_halton,
-    highest,
+    image_grid,
+    line_plot,
     load_checkpoint,
     pick_device,
     print_table,
     run_as_script,
+    run_record,
     write_figures,
 )
 
@@ -37,65 +47,88 @@ from maskgit import (
 # Orders: functions of a maskgit.Step. Thresholds are those of the papers.
 
 
-def entropies(step):
-    return torch.special.entr(step.log_probs.exp()).sum(dim=-1)
+def entropies(state):
+    return torch.special.entr(state.log_probs.exp()).sum(dim=-1)
 
 
-def each_below(step, certain=0.05):
+def each_below(state, certain=0.05):
     """Every token whose own entropy is below `certain` nats, and of the others the most uncertain: as by_entropy, but
     without a bound on the sum."""
-    entropy = entropies(step)
+    entropy = entropies(state)
     sure = entropy < certain
-    unsure = torch.zeros_like(step.left).index_add(0, step.image, (~sure).long())
-    return highest(entropy.masked_fill(sure, math.inf), step.image, step.left.minimum(unsure - 1))
+    unsure = torch.zeros_like(state.left).index_add(0, state.image, (~sure).long())
+    return all_but_lowest(entropy.masked_fill(sure, math.inf), state.image, state.left.minimum(unsure - 1))
 
 
-def entropy_bounded(step, gamma=0.1):
+def entropy_bounded(state, gamma=0.1):
     """EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857): the most certain tokens, as many as sum H - max H <= gamma
     allows."""
-    entropy = entropies(step)
-    of_all = entropy.new_zeros(step.coords.shape[:2]).index_put((step.image, step.place), entropy)  # (B, T)
-    ascending, token = of_all.sort(dim=1, stable=True)
+    entropy = entropies(state)
+    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.image, state.place), entropy)  # (B, T)
+    ascending, place = of_image.sort(dim=1, stable=True)
     within = ascending.cumsum(dim=1) - ascending <= gamma
-    return torch.zeros_like(within).scatter(1, token, within)[step.image, step.place]
+    return torch.zeros_like(within).scatter(1, place, within)[state.image, state.place]
 
 
-def margin(step):
+def margin(state):
     """Top-k probability margin (Kim et al. 2025, arXiv 2502.06768): the two likeliest codes lie farthest apart."""
-    best, second = step.log_probs.exp().topk(2).values.unbind(dim=-1)
+    best, second = state.log_probs.exp().topk(2).values.unbind(dim=-1)
     return best - second
 
 
-def moment(step, choice_temperature=4.5):
+def moment(state, choice_temperature=4.5):
     """Moment sampler (Hayakawa et al. 2025, arXiv 2510.04525): MaskGIT's positions, chosen before any value is drawn,
     with a chance proportional to sum p^beta, beta = 1 + 1 / noise. The paper draws the values from p^beta, too, as
     MaskGIT does in effect; here they are drawn from p."""
-    noise = choice_temperature * max(1 - step.step / step.steps, 1e-3)
-    weight = (step.log_probs * (1 + 1 / noise)).logsumexp(dim=-1)
-    return weight - torch.empty_like(weight).exponential_(generator=step.generator).log()
+    noise = choice_temperature * max(1 - state.step / state.steps, 1e-3)
+    weight = (state.log_probs * (1 + 1 / noise)).logsumexp(dim=-1)
+    return weight - torch.empty_like(weight).exponential_(generator=state.generator).log()
 
 
-def rolled_halton(step):
-    """Halton (Besnier et al. 2025) with a start of its own for each image, as in valeoai's code."""
-    if "start" not in step.memory:
-        b, t = step.coords.shape[:2]
-        step.memory["start"] = torch.randint(t, (b,), generator=step.generator, device=step.coords.device)
-    tokens = step.coords.shape[1]
-    return -((-by_halton(step) - step.memory["start"][step.image]) % tokens)
+def by_halton(state):
+    """Halton (Besnier et al. 2025), evenly over the image: the k-th point of the sequence (bases 2 and 3, stretched
+    over the tokens' bounding box) takes the nearest token not yet taken."""
+    if "halton" not in state.memory:
+        coords = state.coords
+        low, high = coords.aminmax(dim=1, keepdim=True)
+        priority = torch.full(coords.shape[:2], math.inf, device=coords.device)  # (B, T)
+        k = torch.arange(coords.shape[1], dtype=torch.float64, device=coords.device)
+        points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
+        for i in range(len(points)):
+            distance = (coords - (low + (high - low) * points[i])).square().sum(dim=-1)
+            nearest = distance.masked_fill(priority.isfinite(), math.inf).argmin(dim=1, keepdim=True)
+            priority.scatter_(1, nearest, float(-i))
+        state.memory["halton"] = priority
+    return state.memory["halton"][state.image, state.place]
 
 
-def threshold(step, probability=0.9):
+def radical_inverse(k, base):
+    """The digits of numbers k (T,) in `base`, mirrored at the point: 6 = 110 in base 2 gives 0.011 = 0.375. (T,)"""
+    return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
+
+
+def rolled_halton(state):
+    """The same with a start of its own for each image, as in valeoai's code."""
+    if "start" not in state.memory:
+        b, t = state.coords.shape[:2]
+        state.memory["start"] = torch.randint(t, (b,), generator=state.generator, device=state.coords.device)
+    tokens = state.coords.shape[1]
+    return -((-by_halton(state) - state.memory["start"][state.image]) % tokens)
+
+
+def threshold(state, probability=0.9):
     """Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): all that are as probable as this, else the most probable one."""
-    return step.log_probs.amax(dim=-1).exp() >= probability
+    return state.log_probs.amax(dim=-1).exp() >= probability
 
 
-def klass(step, probability=0.9, divergence=0.01):
+def klass(state, probability=0.9, divergence=0.01):
     """KLASS (Kim et al. 2025, arXiv 2511.05664): those so probable whose distribution has moved by less than so many
     nats since the last step, else the most probable one."""
-    log_probs, shape = step.log_probs.clamp(min=-1e9), step.coords.shape[:2]
-    last = step.memory.setdefault("last", log_probs.new_full((*shape, log_probs.shape[1]), -1e9))  # (B, T, K)
-    moved = (log_probs.exp() * (log_probs - last[step.image, step.place])).sum(dim=-1)
-    last[step.image, step.place] = log_probs
+    log_probs = state.log_probs.clamp(min=-1e9)
+    everywhere = (*state.coords.shape[:2], log_probs.shape[1])
+    last = state.memory.setdefault("last", log_probs.new_full(everywhere, -1e9))  # (B, T, K)
+    moved = (log_probs.exp() * (log_probs - last[state.image, state.place])).sum(dim=-1)
+    last[state.image, state.place] = log_probs
     return (log_probs.amax(dim=-1).exp() > probability) & (moved < divergence)
 
 
@@ -104,39 +137,126 @@ def settings_of(order, name, values):
 
 
 ORDERS = {
+    "entropy": settings_of(by_entropy, "budget", (0.0001, 0.001, 0.1, 0.2, 0.5)),
+    "confidence": by_confidence,
+    "confidence, log prob.": functools.partial(by_confidence, log_probability=True),
+    "confidence, no noise": functools.partial(by_confidence, choice_temperature=0.0),
+    "random": at_random,
+    "halton": by_halton,
+    "halton, rolled": rolled_halton,
     "entropy, each below": settings_of(each_below, "certain", (0.02, 0.05, 0.1, 0.15, 0.2)),
     "entropy-bounded": settings_of(entropy_bounded, "gamma", (0.01, 0.1, 0.2, 0.5, 1.0)),
     "margin": margin,
     "moment": moment,
-    "halton, rolled": rolled_halton,
     "threshold": settings_of(threshold, "probability", (0.8, 0.9, 0.95, 0.99)),
     "KLASS": settings_of(klass, "probability", (0.6, 0.9, 0.99)),
 }
+EXACT = {"entropy", "halton", "entropy, each below", "entropy-bounded", "margin", "threshold", "KLASS"}
+
+
+def orders_of(path):
+    """ORDERS and EXACT, with those of a Python file, if any."""
+    if not path:
+        return ORDERS, EXACT
+    try:
+        found = runpy.run_path(path)
+        orders = found["ORDERS"]
+        exact = found.get("EXACT", set())
+        if unknown := exact - orders.keys():
+            raise ValueError(f"EXACT names {unknown}, which is not in ORDERS")
+    except Exception as error:  # whatever the file raises
+        raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+    return ORDERS | orders, (EXACT - orders.keys()) | exact
+
+
+def decodings(orders, many_steps):
+    """[(order, setting, decode's arguments)]: an order by itself is tried with each of these numbers of steps, of a
+    dict each setting with as many steps as it likes."""
+    rows = []
+    for name, order in orders.items():
+        if callable(order):
+            rows += [(name, f"{steps} steps", {"order": order, "steps": steps}) for steps in many_steps]
+        else:
+            rows += [(name, setting, {"order": each, "steps": max(many_steps)}) for setting, each in order.items()]
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# The squares
+
+SQUARES_STEPS = (4, 8, 16, 32, 64)
+
+
+def judge_on_squares(model, prior, device, orders, exact_orders):
+    """A row per input and decoding, with the exact posterior's marginals in the model's place, and with the model's."""
+    rows = []
+    inputs = train_squares.completion_inputs(prior)
+    both = {"exact": (train_squares.ExactModel(prior.to(device)), train_squares.EXACT_DRAWS)}
+    both["model"] = (model, train_squares.MODEL_DRAWS)
+    for given, (order, setting, options) in itertools.product(
+        ("nothing", "left half"), decodings(orders, SQUARES_STEPS)
+    ):
+        row = {"given": given, "order": order, "setting": setting}
+        for name, (marginals, draws) in both.items():
+            start = (marginals, prior, *inputs[given], device)
+            if order in exact_orders:
+                row[name] = train_squares.judge_followed(*start, **options)
+            else:
+                row[name] = train_squares.judge_counted(*start, draws, **options)
+        rows.append(row)
+        print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
+    return rows
+
+
+def paint_curves(rows):
+    """Total variation against network calls, from nothing: with exact marginals, and with the model's."""
+    plots = []
+    labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
+    for marginals in ("exact", "model"):
+        curves = {}
+        for order, each in itertools.groupby(rows, lambda row: row["order"]):
+            points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
+            curves[order] = zip(*points, strict=True)
+        plot = line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
+        plots.append(np.asarray(plot) / 255)
+    return image_grid(np.stack(plots), 2)
+
+
+def run_on_squares(record, arguments, device):
+    orders, exact_orders = orders_of(arguments.file)
+    started = time.monotonic()
+    checkpoint = load_checkpoint(arguments.out / "model.pt", device)
+    prior = train_squares.all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
+    rows = judge_on_squares(checkpoint["model"], prior, device, orders, exact_orders)
+    from_nothing = [row for row in rows if row["given"] == "nothing"]
+    train_squares.print_completions(from_nothing)
+    if arguments.json:
+        figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
+        write_figures(record, vars(arguments), figures, arguments.json)
+        paint_curves(from_nothing).save(arguments.json.with_suffix(".png"))
+
 
 # ---------------------------------------------------------------------------------------------------
 # The grid
 
-STEPS = (8, 16, 32)
-GRID_ORDERS = {
-    "entropy": settings_of(by_entropy, "budget", (0.001, 0.1, 0.5)),
-    "confidence": by_confidence,
-    "confidence, no noise": functools.partial(by_confidence, choice_temperature=0.0),
-    "random": at_random,
-    "halton": by_halton,
-} | ORDERS
+GRID_STEPS = (8, 16, 32)
+GRID_DRAWS = 200
 
 
 def explained(tokens, tokenizer, proposals=2000):
     """Which token grids (B, 169) are those of a rectangle with corners on pixels: bool (B,). A search downhill by the
     number of wrong tokens, from where the decoded picture is bright; it misses a few, see the posterior's draws."""
-    side, size, pixels = train_rectangles.GRID_SIDE, train_rectangles.SIZE, train_rectangles.PIXELS
-    rng, bright = np.random.default_rng(0), tokenizer.decode(tokens.reshape(-1, side, side))[..., 0] > 0.5
+    side = train_rectangles.GRID_SIDE
+    size = train_rectangles.SIZE
+    rng = np.random.default_rng(0)
+    bright = tokenizer.decode(tokens.reshape(-1, side, side))[..., 0] > 0.5
 
     def wrong_tokens(rectangles, tokens):
         patches = train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)
         return (tokenizer.nearest(patches) != tokens).sum(axis=1)
 
-    columns, rows = bright.any(axis=1), bright.any(axis=2)
+    columns = bright.any(axis=1)
+    rows = bright.any(axis=2)
     low = np.stack([columns.argmax(axis=1), rows.argmax(axis=1)], axis=1).clip(max=size - train_rectangles.MIN_SIDE)
     high = size - np.stack([columns[:, ::-1].argmax(axis=1), rows[:, ::-1].argmax(axis=1)], axis=1)
     state = np.concatenate([low, np.maximum(high, low + train_rectangles.MIN_SIDE)], axis=1).astype(float)
@@ -147,49 +267,60 @@ def explained(tokens, tokenizer, proposals=2000):
             break
         reach = size * 2.0 ** -rng.uniform(0, 8, size=(len(rest), 1))
         moves = rng.uniform(-reach, reach, size=(len(rest), 4)) * (rng.random((len(rest), 4)) < 0.4)
-        proposal = state[rest] + np.round(moves * pixels) / pixels
+        proposal = state[rest] + np.round(moves * train_rectangles.PIXELS) / train_rectangles.PIXELS
         errors = wrong_tokens(proposal, tokens[rest])
         better = train_rectangles.possible(proposal) & (errors <= wrong[rest])
-        state[rest[better]], wrong[rest[better]] = proposal[better], errors[better]
+        state[rest[better]] = proposal[better]
+        wrong[rest[better]] = errors[better]
     return wrong == 0
 
 
-def judge(tokens, test, tokenizer):
+def judge_on_grid(tokens, test, tokenizer):
     """The share of token grids that a rectangle explains, and the mean error of a cell of their pictures."""
     pictures = tokenizer.decode(tokens.reshape(-1, train_rectangles.GRID_SIDE, train_rectangles.GRID_SIDE))
-    error = np.abs(pictures - train_rectangles.draw_images(test.rectangles)).mean()
+    error = np.abs(pictures - train_rectangles.paint_rectangles(test.rectangles)).mean()
     return {"explained": float(explained(tokens, tokenizer).mean()), "error": float(error)}
 
 
-def main():
-    parser = CommandLine(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/rectangles_grid"), help="folder of the model's run")
-    parser.add_argument("--draws", type=at_least(1), default=200)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings, rows = parser.parse_args(), []
-    checkpoint = load_checkpoint(settings.out / "model.pt", pick_device(settings.device))
-    model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
-    rectangles = train_rectangles.draw_rectangles(settings.draws, train_rectangles.TEST_SEED)
+def run_on_grid(record, arguments, device):
+    rows = []
+    orders, _ = orders_of(arguments.file)
+    checkpoint = load_checkpoint(arguments.out / "model.pt", device)
+    model = checkpoint["model"]
+    tokenizer = checkpoint["tokenizer"]
+    rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED)
     for hidden, mask in (("left half", "half"), ("all", "1.0")):
         test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=3000)
         drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
-        posterior = judge(np.where(test.mask, drawn, test.tokens), test, tokenizer)
+        posterior = judge_on_grid(np.where(test.mask, drawn, test.tokens), test, tokenizer)
         rows.append({"hidden": hidden, "order": "draws from the posterior", "setting": "", "calls": 0.0, **posterior})
-        for name, order in GRID_ORDERS.items():
-            many = order if isinstance(order, dict) else {f"{steps} steps": order for steps in STEPS}
-            for setting, function in many.items():
-                steps, trace = int(setting.split()[0]) if callable(order) else 2 * STEPS[-1], []
-                filled = train_rectangles.fill(model, test, order=function, steps=steps, trace=trace)
-                calls = 1 + sum(left.any(dim=1).double().mean().item() for _, left in trace[:-1])
-                row = {"hidden": hidden, "order": name, "setting": setting, "calls": calls}
-                rows.append(row | judge(filled, test, tokenizer))
-    write_figures(settings, {"rows": rows}, settings.json)
-    cells = [
-        [*list(row.values())[:3], f"{row['explained']:.1%}", f"{row['error']:.4f}", f"{row['calls']:.1f}"]
-        for row in rows
-    ]
-    print_table(["hidden", "order", "setting", "explained", "error of a cell", "calls"], cells)
+        for order, setting, options in decodings(orders, GRID_STEPS):
+            trace = []
+            filled = train_rectangles.fill(model, test, **options | {"trace": trace})
+            calls = 1 + sum(left.any(dim=1).double().mean().item() for _, left in trace[:-1])
+            row = {"hidden": hidden, "order": order, "setting": setting, "calls": calls}
+            rows.append(row | judge_on_grid(filled, test, tokenizer))
+            print(f"{hidden} hidden, {order}, {setting}: {rows[-1]['explained']:.1%}", file=sys.stderr, flush=True)
+    write_figures(record, vars(arguments), {"rows": rows}, arguments.json)
+    table = []
+    for row in rows:
+        table.append([row["hidden"], row["order"], row["setting"]])
+        table[-1] += [f"{row['explained']:.1%}", f"{row['error']:.4f}", f"{row['calls']:.1f}"]
+    print_table(["hidden", "order", "setting", "explained", "error of a cell", "calls"], table)
+
+
+def main():
+    record = run_record()
+    parser = CommandLine(__doc__)
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a Python file with a dict ORDERS of your own")
+    parser.add_argument("--grid", action="store_true", help="on the rectangles' grid instead of the squares")
+    parser.add_argument("--out", type=Path, help="folder of the model's run")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="file for the figures; of the squares a plot lies beside it")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out or Path("runs/rectangles_grid" if arguments.grid else "runs/squares")
+    run = run_on_grid if arguments.grid else run_on_squares
+    run(record, arguments, pick_device(arguments.device))
 
 
 if __name__ == "__main__":
