@@ -308,8 +308,8 @@ def statistics_of(batches, count):
             origin = batch.mean(axis=0, dtype=np.float64)  # sums of squares around it lose no digits
         features.append(batch[kept[done : done + len(batch)]])
         centred = batch - origin
-        total = total + centred.sum(axis=0)
-        products = products + centred.T @ centred
+        total += centred.sum(axis=0)
+        products += centred.T @ centred
         done += len(batch)
     sigma = (products - np.outer(total, total) / count) / (count - 1)
     return Statistics(origin + total / count, sigma, count, np.concatenate(features))

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from maskgit import CommandLine, at_least, print_table, run_as_script, write_figures
+from maskgit import CommandLine, at_least, print_table, run_as_script, run_record, write_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "test_maskgit.py"
@@ -47,28 +47,29 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("torch.cat([beyond, -beyond], dim=-1)", "torch.cat([beyond, beyond], dim=-1)"),
         ("((low <= coords) & (coords <= high)).all(dim=-1)", "((low <= coords) & (coords <= high)).any(dim=-1)"),
         ("return (loss * mask).sum() /", "return loss.sum() /"),
-        ("hidden, memory = tokens.masked_fill(mask, model.mask_id),", "hidden, memory = tokens.clone(),"),
+        ("tokens = tokens.masked_fill(mask, model.mask_id)\n    hidden", "hidden"),
         ('if getattr(model, "training", False):', "if False:"),
-        ('with WithoutBf16() if precision == "float32"', "with WithoutBf16() if optimizer is None"),
+        ('with WithoutBf16() if self.recipe.precision == "float32"', "with WithoutBf16() if optimizer is None"),
         ("(logits / temperature).log_softmax(dim=-1)", "(logits / temperature).log_softmax(dim=0)"),
         (".masked_fill(~commits, model.mask_id)", ".masked_fill(commits, model.mask_id)"),
         ("(at_start.double() * float", "(at_start.double().max() * float"),
         ("rank = ascending.argsort() -", "rank = ascending -"),
-        ("(1 - step.step / step.steps) * gumbel", "(step.step / step.steps) * gumbel"),
+        ("(1 - state.step / state.steps) * gumbel", "(state.step / state.steps) * gumbel"),
         ("(ascending.cumsum(dim=1) > budget)", "(ascending > budget)"),
-        ("masked_fill(asked, math.inf)", "masked_fill(asked, -math.inf)"),
-        ("torch.manual_seed(step_seed(seed, run.step, rank))", "torch.manual_seed(step_seed(0, run.step, rank))"),
-        ("run.visited[1].view(torch.uint8), torch.distributed.ReduceOp.MIN", "torch.zeros(1)"),
-        ("torch.where(unfinished, *parts)", "parts[1]"),
-        ("mask[rows[image], place] = ~policy(", "mask[rows[image], place] = False & policy("),
-        ("if self.written() > self.last_known + 2:", "if False:"),
-        ("time.monotonic() - run.saved > 120", "time.monotonic() - run.saved > 300"),
-        ('"history", "visited")', '"history")'),
-        ("clip_grad_norm_(self.model.parameters(), clip)", "clip_grad_norm_(self.model.parameters(), math.inf)"),
-        ("max(0, step - warmup) / max(1, steps - warmup)", "max(0, step - warmup) / max(1, steps)"),
+        ("masked_fill(most_uncertain, math.inf)", "masked_fill(most_uncertain, -math.inf)"),
+        ("return choice | (most_certain & (chosen[image] == 0))", "return choice | most_certain"),
+        ("not isinstance(value, (int, float) if kind is float else kind)", "value is None"),
+        ("not value >= low", "value <= low"),
+        ("step_seed(recipe.seed, run.step, rank)", "step_seed(0, run.step, rank)"),
+        ("if self.written() > self.last_written + 2:", "if False:"),
+        ("CHECKPOINT_SECONDS = 120", "CHECKPOINT_SECONDS = 300"),
+        ('self.loss_sum = progress["loss_sum"]', "pass"),
+        ("now = asdict(self.recipe) | self.model.config", "now = dict(before)"),
+        ("(self.model.parameters(), self.recipe.clip)", "(self.model.parameters(), math.inf)"),
+        ("/ max(1, recipe.steps - recipe.warmup)", "/ max(1, recipe.steps)"),
         ("for part, state in zip([self.model, *self.optimizers], states, strict=True)",
          "for part, state in zip([self.model], states)"),
-        ("counted[rows], count=count)", "counted[rows])"),
+        ("counted[rows], count=counted.sum())", "counted[rows])"),
         ("os.replace(partial, path)", "path.write_bytes(partial.read_bytes())"),
         ("partial.unlink(missing_ok=True)", "pass"),
         ("map_location=device, weights_only=True)", "map_location=device, weights_only=False)"),
@@ -79,24 +80,24 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("((tokens == WHITE) & ~mask)", "((tokens == WHITE) & mask)"),
         ("agree = consistent(prior, tokens, mask).float()", "agree = torch.ones(len(tokens), len(prior))"),
         ("torch.randperm(epoch_length, generator=generator)", "torch.randperm(epoch_length)"),
-        ("maskgit.step_seed(settings.seed, -1 - epoch)", "maskgit.step_seed(0, -1 - epoch)"),
+        ("maskgit.step_seed(recipe.seed, -1 - epoch)", "maskgit.step_seed(0, -1 - epoch)"),
         ("tokens.masked_fill(mask, MASK_ID).split(1024)", "tokens.split(1024)"),
-        ('"left half": x >= side / 2', '"left half": y >= side / 2'),
-        ("same = (shown[:, None] == shown)", "same = (shown[:, :1] == shown)"),
-        ("weighted = p * which.bincount()[row]", "weighted = p"),
+        ('"left half": x >= middle', '"left half": y >= middle'),
+        ("found, calls = table[:, which]", "found, calls = table[:, which * 0]"),
+        ("return found[which], calls[which]", "return found[which * 0], calls[which]"),
+        ("return order(state._replace(tokens=None))", "return order(state)"),
         ("chance.masked_fill(left, 0)", "chance"),
         ("if not torch.equal(untouched, generator.get_state())", "if False"),
         ("(found - truth).abs().sum(dim=1) + 1 - found.sum(dim=1)", "(found - truth).abs().sum(dim=1)"),
         ("self.prior, tokens, tokens == MASK_ID)", "self.prior, tokens, tokens >= WHITE)"),
         ("mask.any(dim=1), *(hidden.any", "*(hidden.any"),
-
     ],
     "train_rectangles.py": [
         ("(high - low >= MIN_SIDE)", "(high >= low)"),
         ("(high - low).clip(min=0)", "(high - low)"),
         ("covered[..., :, None, 1] * covered[..., None, :, 0]", "covered[..., :, None, 0] * covered[..., None, :, 1]"),
         ("(covered == 0) | (covered == 1)", "(covered == 0)"),
-        ("seed = maskgit.step_seed(settings.seed, step)", "seed = settings.seed"),
+        ("seed = maskgit.step_seed(recipe.seed, step)", "seed = recipe.seed"),
         ("/ width).square())", "/ width))"),
         ("possible(proposal) & ((proposed == observed) | mask).all(axis=1)", "possible(proposal)"),
         ("torch.from_numpy(test.tokens).masked_fill(mask, model.mask_id)", "torch.from_numpy(test.tokens)"),
@@ -112,14 +113,16 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
         ("(pictures, pictures[:, :, ::-1])", "(pictures, pictures[:, ::-1])"),
         ("c1, c2 = 0.01**2, 0.03**2", "c1, c2 = 0.01, 0.03"),
-        ("membrane(pixels, holes) if isinstance(tokenizer, VQGAN) else pixels", "pixels"),
-        ("options, maskgit.step_seed(seed, start))", "options, seed)"),
+        ("tokenizer.encode(membrane(pixels, holes))", "tokenizer.encode(pixels)"),
+        ("filling, maskgit.step_seed(seed, start))", "filling, seed)"),
         ("logits.softmax(dim=-1) @ centroids", "logits.softmax(dim=-2) @ centroids"),
         ('"best_by": "validation"', '"best_by": None'),
         ("visible < 128", "visible > 128"),
-        ("if trained and trained != given:", "if trained and not given:"),
-        ('"filling" if settings.transformer else "training"', '"training"'),
-        ("if target.exists() and not settings.force:", "if target.exists() and settings.force:"),
+        ("if target.exists() and not arguments.force:", "if target.exists() and arguments.force:"),
+    ],
+    "extras/vqgan.py": [
+        ("if trained != vqgan.sha256:", "if not trained:"),
+        ('"filling" if arguments.transformer else "training"', '"training"'),
         ("nn.ZeroPad2d((0, 1, 0, 1))", "nn.ZeroPad2d((1, 0, 1, 0))"),
         ("return x + self.proj_out(", "return normed + self.proj_out("),
         ("self.tok_emb(tokens) + self.pos_emb)", "self.tok_emb(tokens))"),
@@ -159,9 +162,12 @@ def section_titles(source):
 
 def tests_of(file, piece):
     """The tests of the sections named after the file, or after its section in maskgit.py; and all the others."""
-    source, tests = (ROOT / file).read_text(), (ROOT / TESTS).read_text()
+    source = (ROOT / file).read_text()
+    tests = (ROOT / TESTS).read_text()
     section = section_titles(source)[source[: source.index(piece)].count("\n")]
-    titles, own, others = section_titles(tests), [], []
+    titles = section_titles(tests)
+    own = []
+    others = []
     for node in ast.parse(tests).body:
         if getattr(node, "name", "").startswith("test_"):
             title = titles[node.lineno - 1]
@@ -171,8 +177,9 @@ def tests_of(file, piece):
 
 
 def copy_of_project(folder):
-    """The folder, with copies of the files that git tracks beside this project's README, and of the benchmarks."""
-    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks")
+    """The folder, with copies of benchmarks, extras and the files that git tracks beside this project's README."""
+    for name in ("benchmarks", "extras"):
+        shutil.copytree(ROOT / name, folder / name)
     listed = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout
     for name in listed.splitlines():
         if "/" not in name:
@@ -205,7 +212,8 @@ def failing_test(copy, tests, limit):
 
 def try_fault(file, piece, replacement, folder, limit):
     """A row: the fault, whether it was caught, by which test, whether that is of its own section, and the seconds."""
-    (own, others), start = tests_of(file, piece), time.monotonic()
+    start = time.monotonic()
+    own, others = tests_of(file, piece)
     faulty = copy_of_project(folder) / file
     faulty.write_text(faulty.read_text().replace(piece, replacement))
     by_own = failing_test(folder, own, limit) if own else None
@@ -215,30 +223,32 @@ def try_fault(file, piece, replacement, folder, limit):
 
 
 def main():
+    record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     parser.add_argument("--only", default="", metavar="TEXT", help="the faults whose file or text contains TEXT")
     parser.add_argument("--skip-check", action="store_true", help="do not run all tests without a fault first")
     parser.add_argument("--limit", type=at_least(60), default=900, help="seconds of one run of the tests")
-    settings = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
 
     faults = [(file, *fault) for file, listed in FAULTS.items() for fault in listed]
-    faults = [fault for fault in faults if any(settings.only in text for text in fault)]
+    faults = [fault for fault in faults if any(arguments.only in text for text in fault)]
     if not faults:
-        parser.error(f"no fault contains {settings.only!r}")
+        parser.error(f"no fault contains {arguments.only!r}")
     require_fit(faults)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        if not settings.skip_check:
+        if not arguments.skip_check:
             undisturbed = copy_of_project(Path(scratch, "undisturbed"))
-            if failed := failing_test(undisturbed, [TESTS], settings.limit):
+            if failed := failing_test(undisturbed, [TESTS], arguments.limit):
                 raise ValueError(f"{failed} fails without a fault")
         for i, fault in enumerate(faults):
-            rows.append(row := try_fault(*fault, Path(scratch, f"fault{i}"), settings.limit))
+            rows.append(row := try_fault(*fault, Path(scratch, f"fault{i}"), arguments.limit))
             end = f"caught by {row['test']}" if row["caught"] else "SURVIVED"
             print(f"{fault[0]}: {fault[1]} -> {fault[2]}: {end} ({row['seconds']:.0f} s)", flush=True)
-    write_figures(settings, {"faults": rows}, settings.json)
-    names, table = ("caught", "by_own", "seconds"), []
+    write_figures(record, vars(arguments), {"faults": rows}, arguments.json)
+    names = ("caught", "by_own", "seconds")
+    table = []
     for file in dict.fromkeys(row["file"] for row in rows):
         of_file = [row for row in rows if row["file"] == file]
         table.append([file, str(len(of_file)), *(f"{sum(row[name] for row in of_file):.0f}" for name in names)])

@@ -3,17 +3,20 @@
     python benchmarks/filling.py --checkpoint runs/cats64/model.pt --part validation --json figures.json
     python benchmarks/filling.py --checkpoint runs/cats64/model.pt --ways "as set" --pictures 700 --json figures.json
     python benchmarks/filling.py --checkpoint runs/cats64/model.pt --ways reports --holes brush --json figures.json
+    python benchmarks/filling.py --checkpoint runs/cats64/model.pt --ways OpenCV --pictures 64 --json figures.json
 
 The pictures are those of the run: the drawn cats, or the folder that it was trained on. Realism is a Frechet distance
 between the true pictures and the filled ones, by the 128 features of a small network, which is trained here, on the
 training pictures, to tell by which of four right angles a picture was turned; with --weights by Inception's (FID).
 
+"OpenCV" are its two methods, which need no model (python -m pip install -r benchmarks/requirements.txt).
 "reports" are R1 and R2's schedules and numbers of steps, with what else they set: no evidence, not blended. A picture
 of what they fill in, step by step, lies beside the JSON.
 """
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +27,30 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
-from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, write_figures
+from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
 
-AS_SET = inpaint.FILLING | {"steps": 10, "evidence": True}
 REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False, "blend": False}
-WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}, "likeliest": {"sample": "argmax", "steps": 1}}
-WAYS |= {"expected": {"sample": "mean"}}
-WAYS |= {f"order {order}": {"order": order} for order in ("random", "halton", "entropy")}
+# What each changes in an inpaint.Filling.
+WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}}
+WAYS |= {"likeliest": {"sample": "argmax", "decode_steps": 1}, "expected": {"sample": "mean"}}
+WAYS |= {f"order {order}": {"order": order} for order in ("random", "entropy")}
 WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.2, 0.7, 1.0)}
-WAYS |= {f"steps {steps}": {"steps": steps} for steps in (4, 20)}
+WAYS |= {f"steps {steps}": {"decode_steps": steps} for steps in (4, 20)}
 STUDY = ("linear", "cosine", "square"), (1, 4, 8, 10, 20)
-WAYS |= {f"reports {s}, T={t}": REPORTS | {"schedule": s, "steps": t} for s, t in itertools.product(*STUDY)}
-KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "steps", "reports"]
+WAYS |= {f"reports {s}, T={t}": REPORTS | {"schedule": s, "decode_steps": t} for s, t in itertools.product(*STUDY)}
+OPENCV = {"OpenCV, Telea": "INPAINT_TELEA", "OpenCV, Navier-Stokes": "INPAINT_NS"}
+RADIUS = 3  # pixels around the hole that OpenCV looks at, its usual value
+KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "steps"]
+
+
+def fill(way, checkpoint, images, holes, seed):
+    if way not in OPENCV:
+        return inpaint.fill_in_batches(checkpoint, images, holes, replace(inpaint.Filling(), **WAYS[way]), seed)
+    import cv2  # nothing else needs it
+
+    method = getattr(cv2, OPENCV[way])
+    pairs = zip(images, holes.astype(np.uint8), strict=True)
+    return np.stack([cv2.inpaint(image, hole, RADIUS, method) for image, hole in pairs])
 
 
 def train_observer(pictures, steps, device, batch_size=64):
@@ -45,11 +60,13 @@ def train_observer(pictures, steps, device, batch_size=64):
     for width, out in itertools.pairwise((3, 32, 64, 128, 128)):
         layers += [nn.Conv2d(width, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.GELU()]
     features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network, right = nn.Sequential(features, nn.Linear(128, 4)).to(device), []
+    network = nn.Sequential(features, nn.Linear(128, 4)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    right = []
     for _ in range(steps):
-        rows, turns = torch.randint(len(pictures), (batch_size,)), torch.randint(4, (batch_size,))
+        rows = torch.randint(len(pictures), (batch_size,))
+        turns = torch.randint(4, (batch_size,))
         turned = [np.rot90(pictures[row], turn) for row, turn in zip(rows.tolist(), turns.tolist(), strict=True)]
         logits = network(as_input(np.stack(turned), device))
         F.cross_entropy(logits, turns.to(device)).backward()
@@ -73,34 +90,35 @@ def features_of(pictures, observer, prepare, device):
 
 
 def main():
+    record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--part", choices=("validation", "test"), default="test")
     parser.add_argument("--holes", nargs="+", choices=inpaint.HOLES, default=[*inpaint.HOLES])
-    parser.add_argument(
-        "--ways", nargs="+", default=KINDS[:-1], help=f"that begin so: {', '.join(KINDS)}, or one whole"
-    )
+    begin = f"that begin so: {', '.join([*KINDS, 'reports', 'OpenCV'])}, or one whole"
+    parser.add_argument("--ways", nargs="+", default=KINDS, help=begin)
     parser.add_argument("--pictures", type=at_least(8), default=200, help="at most so many")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="of holes and draws")
     parser.add_argument("--observer-steps", type=at_least(1), default=1500)
     parser.add_argument("--weights", type=Path, help="Inception's, for FID")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.set_defaults(vqgan=None, transformer=None)
-    settings = parser.parse_args()
-    ways = {name: way for name, way in WAYS.items() if name.startswith(tuple(settings.ways))}
+    arguments = parser.parse_args()
+    ways = [name for name in [*WAYS, *OPENCV] if name.startswith(tuple(arguments.ways))]
     if not ways:
-        parser.error(f"--ways {' '.join(settings.ways)}: none begins so")
-    device = pick_device(settings.device)
-    checkpoint, _ = inpaint.open_model(settings)
+        parser.error(f"--ways {' '.join(arguments.ways)}: none begins so")
+    device = pick_device(arguments.device)
+    checkpoint = inpaint.open_model(arguments.checkpoint, device)
     run = checkpoint["config"]
     split = inpaint.open_pictures(run["data"], run["cartoons"], run["size"], run["seed"])
-    images = getattr(split, settings.part)[: settings.pictures]
-    figures, rows, table = {"scored": len(images)}, [], {}
-    if settings.weights:
-        see = fid.load_inception(weights=settings.weights, device=device), fid.network_input
+    images = getattr(split, arguments.part)[: arguments.pictures]
+    figures = {"scored": len(images)}
+    rows = []
+    table = {}
+    if arguments.weights:
+        see = fid.load_inception(weights=arguments.weights, device=device), fid.network_input
     else:
-        observer, figures["turns told"] = train_observer(split.training, settings.observer_steps, device)
+        observer, figures["turns told"] = train_observer(split.training, arguments.observer_steps, device)
         see = observer, as_input
     true = features_of(images, *see, device)
     figures["two halves of the true pictures"] = fid.frechet_distance_from_features(true[::2], true[1::2])
@@ -112,29 +130,30 @@ def main():
         print(kind, way, f"{rows[-1]['psnr']:.2f} dB, Frechet {distance:.4f}", file=sys.stderr, flush=True)
         table.setdefault(way, []).append(rows[-1])
 
-    seed = inpaint.TEST_SEED if settings.part == "test" else inpaint.VALIDATION_SEED
-    for kind, draw in itertools.product(settings.holes, range(settings.seeds)):
+    seed = inpaint.TEST_SEED if arguments.part == "test" else inpaint.VALIDATION_SEED
+    for kind, draw in itertools.product(arguments.holes, range(arguments.seeds)):
         holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)  # 0: those of the run's scores
         tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
-        true_tokens = inpaint.to_pictures(checkpoint["tokenizer"], tokens, images, holes, True)
+        decoded = inpaint.decode_tokens(checkpoint["tokenizer"], tokens)
+        true_tokens = inpaint.into_holes(checkpoint["tokenizer"], decoded, images, holes, True)
         judge(kind, "true tokens", true_tokens, holes, draw)
         for way in ways:
-            filled = inpaint.fill_in_batches(checkpoint, images, holes, AS_SET | ways[way], draw)
-            judge(kind, way, filled, holes, draw)
-    settings.device = str(device)
-    write_figures(settings, figures | {"rows": rows}, settings.json)
-    names = ("psnr", "ssim", "frechet")
-    lines = [
-        [way, *(f"{np.mean([r[n] for r in found if r['holes'] == k]):.4g}" for k in settings.holes for n in names)]
-        for way, found in table.items()
-    ]
-    print_table(["filled by", *(f"{kind}: {name}" for kind in settings.holes for name in names)], lines)
+            judge(kind, way, fill(way, checkpoint, images, holes, draw), holes, draw)
+    write_figures(record, vars(arguments), figures | {"rows": rows}, arguments.json)
+    names = ("psnr", "l1", "ssim", "frechet")
+    lines = []
+    for way, found in table.items():
+        lines.append([way])
+        for kind, name in itertools.product(arguments.holes, names):
+            lines[-1].append(f"{np.mean([row[name] for row in found if row['holes'] == kind]):.4g}")
+    print_table(["filled by", *(f"{kind}: {name}" for kind in arguments.holes for name in names)], lines)
     print(*(f"{name}: {value:.4g}" for name, value in figures.items()), sep="\n")
-    if settings.json and "reports" in settings.ways:
-        options = [AS_SET | REPORTS | {"schedule": schedule, "steps": 8} for schedule in STUDY[0]]
-        traces = [inpaint.trace_pictures(checkpoint, images[:1], holes[:1], way) for way in options]
+    if arguments.json and "reports" in arguments.ways:
+        filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8)
+        fillings = [replace(filling, schedule=schedule) for schedule in STUDY[0]]
+        traces = [inpaint.trace_pictures(checkpoint, images[:1], holes[:1], each) for each in fillings]
         shown = np.array([trace + trace[-1:] * (8 - len(trace)) for trace in traces])  # a small hole takes fewer steps
-        inpaint.sheet(shown, [f"step {t}" for t in range(1, 9)]).save(settings.json.with_suffix(".png"))
+        inpaint.sheet(shown, [f"step {t}" for t in range(1, 9)]).save(arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,14 @@ The plain one has separate q, k and v, an explicit softmax, float32, no dropout,
 scored on every position. The variants take turns, each in a process of its own, since whether freed memory is kept
 (keep_freed_memory) holds for a whole process: medians of three steps after one untimed, and of those. Besides:
 images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
+
+On a CPU also how time and memory grow with tokens, batch, codes and images, of a model of 192 dimensions and 6 blocks
+and of random data: each figure from a process of its own, the best time of up to ten, and the peak of the process less
+what it held before.
 """
 
 import functools
+import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import fid
 from maskgit import (
     CommandLine,
     MaskGIT,
@@ -30,17 +36,25 @@ from maskgit import (
     fast_precision,
     grid_coords,
     keep_freed_memory,
+    kmeans,
     masked_cross_entropy,
     pick_device,
     precision_context,
     print_table,
     run_as_script,
+    run_record,
     training_mask,
     write_figures,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-SIDE, CODES, LAYERS, HEADS, DIM, HIDDEN = 16, 1024, 15, 16, 768, 1536  # R1 and R2's
+# R1 and R2's sizes.
+SIDE = 16
+CODES = 1024
+LAYERS = 15
+HEADS = 16
+DIM = 768
+HIDDEN = 1536
 
 
 class PlainAttention(nn.Module):
@@ -58,7 +72,9 @@ class PlainAttention(nn.Module):
 class PlainBlock(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm1, self.norm2, self.attention = nn.LayerNorm(DIM), nn.LayerNorm(DIM), PlainAttention()
+        self.norm1 = nn.LayerNorm(DIM)
+        self.norm2 = nn.LayerNorm(DIM)
+        self.attention = PlainAttention()
         self.mlp = nn.Sequential(nn.Linear(DIM, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, DIM))
 
     def forward(self, x):
@@ -72,7 +88,8 @@ class Plain(nn.Module):
         self.embedding = nn.Embedding(CODES + 1, DIM)
         self.positions = nn.Parameter(torch.randn(SIDE * SIDE, DIM) * 0.02)
         self.blocks = nn.Sequential(*(PlainBlock() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, CODES + 1)
+        self.norm = nn.LayerNorm(DIM)
+        self.head = nn.Linear(DIM, CODES + 1)
 
     def forward(self, tokens, coords):
         return self.head(self.norm(self.blocks(self.embedding(tokens) + self.positions)))
@@ -132,14 +149,20 @@ VARIANTS = {  # implementation, precision, whether freed memory is kept
     "maskgit.py, float32": (MaskGIT, "float32", True),
     "maskgit.py, bf16": (MaskGIT, "bf16", True),
 }
-ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, dropout=0.0, head="linear")
-ONE_VARIANT = "import sys, speed; speed.measure(*sys.argv[1:])"
+ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, rotary=False)
 
 
-def random_batch(size, device):
-    tokens = torch.randint(CODES, (size, SIDE * SIDE), generator=torch.Generator().manual_seed(0))
+def random_batch(size, device, side=SIDE):
+    tokens = torch.randint(CODES, (size, side * side), generator=torch.Generator().manual_seed(0))
     mask = training_mask(tokens.shape, "cosine", torch.Generator().manual_seed(0))
-    return tokens.to(device), mask.to(device), grid_coords(SIDE, SIDE).to(device)
+    return tokens.to(device), mask.to(device), grid_coords(side, side).to(device)
+
+
+def in_a_process(function, *arguments):
+    """The numbers that a function of this file prints."""
+    command = [sys.executable, "-c", f"import sys, speed; speed.{function}(*sys.argv[1:])", *map(str, arguments)]
+    run = subprocess.run(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
+    return [float(number) for number in run.stdout.split()]
 
 
 def measure(variant, batch_size, device):
@@ -161,9 +184,7 @@ def measure_variants(batch_size, rounds, device):
     taken = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            command = [sys.executable, "-c", ONE_VARIANT, name, str(batch_size), str(device)]
-            run = subprocess.run(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
-            taken[name].append([float(line) for line in run.stdout.split()])
+            taken[name].append(in_a_process("measure", name, batch_size, device))
     medians = {
         name: [statistics.median(seconds) for seconds in zip(*rows, strict=True)] for name, rows in taken.items()
     }
@@ -179,18 +200,70 @@ def start_up(arguments):
     subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
 
 
+def growing_step(side=SIDE, batch=1):
+    device = torch.device("cpu")
+    model = MaskGIT(CODES, 192, 6, 6)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    return functools.partial(train_step, model, optimizer, *random_batch(batch, device, side), fast_precision(device))
+
+
+def growing_codebook(codes):
+    return functools.partial(kmeans, np.random.default_rng(0).random((100_000, 48)), codes, max_iter=5, tol=0)
+
+
+def growing_pictures(images=1000, codes=CODES):
+    """Pictures of 64x64, a thousand at a time."""
+    rng = np.random.default_rng(0)
+    tokenizer = PatchTokenizer(rng.random((codes, 48)), 4)
+    part = rng.random((1000, 64, 64, 3), dtype=np.float32)
+    return lambda: [tokenizer.encode(part) for _ in range(0, images, 1000)]
+
+
+def growing_distance(images):
+    """FID of two sets, from 2,048 features of each image."""
+    rng = np.random.default_rng(0)
+
+    def statistics_of_a_set():
+        parts = (rng.standard_normal((1000, 2048), dtype=np.float32) for _ in range(0, images, 1000))
+        return fid.statistics_of(parts, images)
+
+    return lambda: fid.fid_of(statistics_of_a_set(), statistics_of_a_set())
+
+
+GROWTH = {  # what grows and the work: a function that prepares it, its argument, and values of that
+    "tokens (side of the grid): training step": (growing_step, "side", (8, 16, 32, 64)),
+    "batch: training step": (growing_step, "batch", (1, 4, 16, 64)),
+    "codes: k-means of 100,000 patches": (growing_codebook, "codes", (128, 1024, 4096)),
+    "codes: encoding 1,000 images": (growing_pictures, "codes", (128, 1024, 4096)),
+    "images: encoding": (growing_pictures, "images", (1000, 10_000, 100_000)),
+    "images: FID from features": (growing_distance, "images", (1000, 10_000, 100_000)),
+}
+
+
+def measure_growth(name, value):
+    """Seconds, and MB at the peak, printed for the process that asked."""
+    prepare, argument, _ = GROWTH[name]
+    work = prepare(**{argument: int(value)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    taken = [seconds_of(work, torch.device("cpu"))]
+    while sum(taken) < 5 and len(taken) < 10:
+        taken.append(seconds_of(work, torch.device("cpu")))
+    print(min(taken), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
 def main():
+    record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--batch-size", type=at_least(1), default=10, help="R1 and R2's: 10")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings = parser.parse_args()
-    device = pick_device(settings.device)
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
     torch.manual_seed(0)
-    tokens, _, coords = random_batch(settings.batch_size, device)
+    tokens, _, coords = random_batch(arguments.batch_size, device)
     ours = MaskGIT(**ARCHITECTURE).to(device).eval()
-    figures = {"matrix_rate": matrix_rate(device)} | measure_variants(settings.batch_size, settings.rounds, device)
+    figures = {"matrix_rate": matrix_rate(device)} | measure_variants(arguments.batch_size, arguments.rounds, device)
     # A multiplication and an addition for each weight and token, and twice that again for the gradients.
     weights = sum(p.numel() for p in ours.parameters() if p.ndim == 2) - ours.embedding.weight.numel()
     attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
@@ -201,23 +274,28 @@ def main():
     }
 
     def decode_some(count, at_once):
-        codes = tokens[:1].expand(count, -1)
-        hidden = training_mask(codes.shape, "0.4", torch.Generator().manual_seed(0)).to(device)
+        many = tokens[:1].expand(count, -1)
+        hidden = training_mask(many.shape, "0.4", torch.Generator().manual_seed(0)).to(device)
         with precision_context(device, fast_precision(device)):
             for rows in torch.arange(count, device=device).split(at_once):
-                decode(ours, codes[rows], hidden[rows], coords, steps=8, order="confidence")
+                decode(ours, many[rows], hidden[rows], coords, steps=8, order="confidence")
 
     turns = {n: functools.partial(decode_some, count, n) for count, n in ((4, 1), (64, 64))}
     seconds = by_turns(turns, 1, device)
     figures["images decoded per second, 8 steps"] = {"1 at a time": 4 / seconds[1], "64 at a time": 64 / seconds[64]}
     images = np.random.default_rng(0).random((1000, 64, 64, 3), dtype=np.float32)
     tokenizer = PatchTokenizer.fit(images[:100], CODES, 4, max_iter=3)
-    seconds = by_turns({"encode": lambda: tokenizer.encode(images)}, settings.rounds, device)["encode"]
+    seconds = by_turns({"encode": lambda: tokenizer.encode(images)}, arguments.rounds, device)["encode"]
     figures["encode"] = {"seconds": seconds, "megabytes_per_second": images.size / 1e6 / seconds}
     if device.type == "cpu":
-        starts = {name: functools.partial(start_up, arguments) for name, arguments in STARTS.items()}
-        figures["help"] = by_turns(starts, settings.rounds, device)
-    write_figures(settings, figures, settings.json)
+        starts = {name: functools.partial(start_up, command) for name, command in STARTS.items()}
+        figures["help"] = by_turns(starts, arguments.rounds, device)
+        for name, (_, _, values) in GROWTH.items():
+            figures[name] = {}
+            for value in values:
+                seconds, megabytes = in_a_process("measure_growth", name, value)
+                figures[name] |= {f"{value}: seconds": seconds, f"{value}: MB": megabytes}
+    write_figures(record, vars(arguments), figures, arguments.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])
 

@@ -9,6 +9,7 @@ code 2, in reasonable time, with nothing overwritten and no foreign code run. Ev
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -31,30 +32,40 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
+import maskgit
 import train_rectangles
 import train_squares
-from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, write_figures
+from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_squares": train_squares, "train_rectangles": train_rectangles, "inpaint": inpaint, "fid": fid}
 SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--device", "cpu", "--precision", "float32"]
-SQUARES = [*SMALL, "--batch-size", "16", "--draws", "20"]
+SQUARES = [*SMALL, "--batch-size", "16"]
 RECTANGLES = [*SMALL, "--batch-size", "4", "--test-images", "8"]
 CATS = [*SMALL, "--cartoons", "150", "--size", "16", "--codes", "16", "--batch-size", "4", "--test-images", "8"]
 CATS += ["--steps", "2"]
 HANGS_AFTER = 60  # seconds
+train_squares.EXACT_DRAWS = 20  # here and in what command() starts: to count more takes longer than such a training
+train_squares.MODEL_DRAWS = 20
 
 # ---------------------------------------------------------------------------------------------------
 # Runs that are disturbed
 
 
-def command(script, *arguments):
-    return [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+def command(script, *arguments, seconds=maskgit.CHECKPOINT_SECONDS):
+    """A script's call that writes a checkpoint every so many seconds, with 0 after every step."""
+    here = str(Path(__file__).resolve().parent)
+    call = f"import sys; sys.path.insert(0, {here!r}); import torture; torture.start({script!r}, {seconds})"
+    return [sys.executable, "-c", call, *map(str, arguments)]
 
 
-def finished(script, *arguments, **options):
-    """A call that has ended: its returncode and stderr."""
-    return subprocess.run(command(script, *arguments), capture_output=True, text=True, **options)
+def start(script, seconds):
+    maskgit.CHECKPOINT_SECONDS = seconds
+    run_as_script(SCRIPTS[script].main)
+
+
+def finished(call, **options):
+    """A call of command() that has ended: its returncode and what it printed."""
+    return subprocess.run(call, capture_output=True, text=True, **options)
 
 
 def weights(folder):
@@ -73,15 +84,15 @@ def ends_in_one_line(call):
 def kill_and_resume(folder, kills, rng):
     """Runs that write a checkpoint after every step, each killed at a random moment, every third one as soon as it
     writes after that: how many end as they should."""
-    run, found = [*SQUARES, "--steps", 60, "--checkpoint-steps", 1], Counter()
-    start = time.monotonic()
-    finished("train_squares", *run, "--out", folder / "whole", check=True)
-    duration = time.monotonic() - start
+    squares = functools.partial(command, "train_squares", *SQUARES, "--steps", 60, seconds=0)
+    found = Counter()
+    started = time.monotonic()
+    finished(squares("--out", folder / "whole"), check=True)
+    duration = time.monotonic() - started
     for i in range(kills):
-        out, waits = folder / f"killed{i}", i % 3 == 0
-        process = subprocess.Popen(
-            command("train_squares", *run, "--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        out = folder / f"killed{i}"
+        waits = i % 3 == 0
+        process = subprocess.Popen(squares("--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(rng.uniform(0, duration / 2 if waits else duration))
         while waits and process.poll() is None and not (out / "model.pt.partial").exists():
             pass
@@ -89,7 +100,7 @@ def kill_and_resume(folder, kills, rng):
         process.wait()
         found["killed in mid-writing"] += (out / "model.pt.partial").exists()
         found["killed after the first checkpoint"] += (out / "model.pt").exists()
-        finished("train_squares", *run, "--out", out, *["--resume"] * (out / "model.pt").exists(), check=True)
+        finished(squares("--out", out, *["--resume"] * (out / "model.pt").exists()), check=True)
         found["bit-identical"] += equal_weights(out, folder / "whole")
         show_progress("killed runs", i + 1, kills)
     return {"kills": kills, **found}
@@ -97,9 +108,12 @@ def kill_and_resume(folder, kills, rng):
 
 def disturb(folder):
     """{what happens to a run: whether it ends as it should}."""
-    run, out = [*SQUARES, "--checkpoint-steps", 5], folder / "run"
-    finished("train_squares", *run, "--steps", 20, "--out", out, check=True)
-    checkpoint, found = (out / "model.pt").read_bytes(), {}
+    squares = functools.partial(command, "train_squares", *SQUARES)
+    out = folder / "run"
+    run = squares("--steps", 20, "--out", out)
+    finished(run, check=True)
+    checkpoint = (out / "model.pt").read_bytes()
+    found = {}
 
     def unharmed():
         return (out / "model.pt").read_bytes() == checkpoint and not (out / "model.pt.partial").exists()
@@ -107,20 +121,18 @@ def disturb(folder):
     def small_files_only():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
-    call = finished("train_squares", *run, "--steps", 20, "--out", out, "--force", preexec_fn=small_files_only)
+    call = finished([*run, "--force"], preexec_fn=small_files_only)
     found["no space for a checkpoint: one line, the old one unharmed"] = ends_in_one_line(call) and unharmed()
-    call = finished("train_squares", *run, "--steps", 20, "--out", out)
+    call = finished(run)
     found["a folder that holds a run: one line, unharmed"] = ends_in_one_line(call) and unharmed()
     (folder / "file").touch()
-    call = finished("train_squares", *run, "--steps", 5, "--out", folder / "file" / "run")
+    call = finished(squares("--steps", 5, "--out", folder / "file" / "run"))
     found["a folder that cannot be made: one line"] = ends_in_one_line(call)
 
-    long = command("train_squares", *run, "--steps", 100_000, "--out", folder / "long")
+    long = squares("--steps", 100_000, "--out", folder / "long", seconds=0.5)
     process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder / "long" / "model.pt")
-    call = finished(
-        "train_squares", *run, "--steps", 1000, "--checkpoint-steps", 1000, "--out", folder / "long", "--force"
-    )
+    call = finished(squares("--steps", 2000, "--out", folder / "long", "--force"))
     found["a folder that a run is writing to, --force: one line"] = ends_in_one_line(call)
     shutil.rmtree(folder / "long")
     wait_for(folder / "long" / "model.pt")
@@ -149,9 +161,9 @@ def repeat(folder):
     }
     found = {}
     for script, arguments in runs.items():
-        first, second = folder / f"{script}1", folder / f"{script}2"
+        first, second = (folder / f"{script}{i}" for i in (1, 2))
         for out in (first, second):
-            finished(script, *arguments, "--out", out, check=True)
+            finished(command(script, *arguments, "--out", out), check=True)
         pictures = [file.name for file in first.iterdir() if file.suffix in (".png", ".gif")]
         same = all((first / name).read_bytes() == (second / name).read_bytes() for name in pictures)
         found[script] = same and equal_weights(first, second) and timeless(first) == timeless(second)
@@ -185,9 +197,10 @@ def outcome_of(script, arguments):
 
     signal.signal(signal.SIGALRM, hang)
     signal.alarm(HANGS_AFTER)
-    sys.argv, screen, complaint = [f"{script}.py", *map(str, arguments)], io.StringIO(), io.StringIO()
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
             run_as_script(SCRIPTS[script].main)
         return "succeeds", ""
     except SystemExit as stop:
@@ -204,7 +217,8 @@ def outcome_of(script, arguments):
 
 def damaged(content, rng):
     """The bytes of a file: truncated, with bits flipped, with a part overwritten, or replaced."""
-    kind, data = rng.choice(["truncated", "flipped", "overwritten", "empty", "text"]), bytearray(content)
+    kind = rng.choice(["truncated", "flipped", "overwritten", "empty", "text"])
+    data = bytearray(content)
     if kind == "truncated":
         data = data[: rng.randrange(1, len(data))]
     elif kind == "flipped":
@@ -265,7 +279,8 @@ def damage(case, good, place, rng):
     """Lay out the files of a case in the folder `place`, one of them damaged: (script, arguments)."""
     for name in ("images", "masks", "out"):
         (place / name).mkdir(parents=True)
-    picture, mask = place / "images" / "a1.png", place / "masks" / "m1.png"
+    picture = place / "images" / "a1.png"
+    mask = place / "masks" / "m1.png"
     picture.write_bytes(good.pictures["RGB.png"])
     mask.write_bytes(good.mask)
     (place / "model.pt").write_bytes(good.checkpoint)
@@ -302,9 +317,12 @@ def damage(case, good, place, rng):
 
 def fuzz_files(folder, count, rng):
     """(Counter of (case, outcome), what should not have happened)."""
-    good, found, bad = Originals(folder / "originals"), Counter(), []
+    good = Originals(folder / "originals")
+    found = Counter()
+    bad = []
     for i in range(count):
-        case, place = CASES[i % len(CASES)], folder / f"case{i}"
+        case = CASES[i % len(CASES)]
+        place = folder / f"case{i}"
         outcome, text = outcome_of(*damage(case, good, place, rng))
         if (place / "foreign code ran").exists():
             outcome = "foreign code ran"
@@ -318,7 +336,8 @@ def fuzz_files(folder, count, rng):
 
 def fuzz_options(folder):
     """Every option that takes a value, with values out of range or of the wrong kind; like fuzz_files."""
-    found, bad = Counter(), []
+    found = Counter()
+    bad = []
     (folder / "empty").mkdir(parents=True)
     common = {
         "train_squares": [*SQUARES, "--steps", "1", "--force", "--out", folder / "squares"],
@@ -340,9 +359,10 @@ def fuzz_options(folder):
 
 def options_with_a_value(script):
     """From its --help; without those whose value is a name that the caller is free to choose."""
-    usage = finished(script, "--help").stdout.split("\n\n")[0].replace("\n", " ")
-    words = [part.strip("[] ").split() for part in usage.split("[")]
-    return [word[0] for word in words if len(word) > 1 and word[0][:2] == "--" and word[0] not in FREE]
+    usage = finished(command(script, "--help")).stdout.split("\n\n")[0].replace("\n", " ")
+    parts = [part.strip("[] ").split() for part in usage.split("[")]
+    with_value = [part[0] for part in parts if len(part) > 1 and part[0][:2] == "--" and part[1] != "|"]
+    return [option for option in with_value if option not in FREE]
 
 
 FREE = {"--out", "--json", "--save-stats"}
@@ -354,24 +374,25 @@ def show_progress(what, done, count):
 
 
 def main():
+    record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--kills", type=at_least(1), default=30)
     parser.add_argument("--files", type=at_least(1), default=360)
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
-    settings = parser.parse_args()
-    rng = random.Random(settings.seed)
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background, and what it starts, ignores it
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        files, bad_files = fuzz_files(scratch / "files", settings.files, rng)
+        files, bad_files = fuzz_files(scratch / "files", arguments.files, rng)
         options, bad_options = fuzz_options(scratch / "options")
         figures = {"disturbed": disturb(scratch / "disturbed"), "same bytes twice": repeat(scratch / "twice")}
-        figures["killed"] = kill_and_resume(scratch / "kills", settings.kills, rng)
+        figures["killed"] = kill_and_resume(scratch / "kills", arguments.kills, rng)
     counts = files + options
     figures["outcomes"] = [dict(input=case, outcome=o, count=n) for (case, o), n in sorted(counts.items())]
     figures["should not have happened"] = bad_files + bad_options
-    write_figures(settings, figures, settings.json)
+    write_figures(record, vars(arguments), figures, arguments.json)
     outcomes = sorted({outcome for _, outcome in counts})
     rows = [[case, *(str(counts[(case, o)]) for o in outcomes)] for case in dict.fromkeys(case for case, _ in counts)]
     print_table([f"{sum(counts.values())} damaged inputs", *outcomes], rows)
