@@ -761,7 +761,8 @@ def parse_arguments():
     """The command line, with the recipe and the filling in it."""
     parser = command_line(__doc__, Inpainting, Filling(), "runs/inpaint", ["--checkpoint"])
     arguments = parser.parse_args()
-    if bool(arguments.checkpoint) != bool(arguments.images and arguments.masks):
+    given = [arguments.checkpoint, arguments.images, arguments.masks]
+    if any(given) and not all(given):
         parser.error("--checkpoint fills --images by their --masks: name all three")
     return arguments, maskgit.settings_from(arguments, Inpainting), maskgit.settings_from(arguments, Filling)
 

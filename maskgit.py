@@ -647,10 +647,9 @@ class Settings:
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is None and type(None) in get_args(each.type):
-                continue
-            for one in value if get_origin(each.type) is tuple else [value]:
-                check_setting(each, one)
+            if value is not None or type(None) not in get_args(each.type):
+                for one in value if get_origin(each.type) is tuple else [value]:
+                    check_setting(each.name, one, kind_of(each), **each.metadata)
 
 
 def kind_of(each):
@@ -658,15 +657,13 @@ def kind_of(each):
     return (get_args(each.type) or (each.type,))[0]
 
 
-def check_setting(each, value):
-    kind, low, below = kind_of(each), each.metadata["low"], each.metadata["below"]
+def check_setting(name, value, kind, help, choices, low, below):
     if not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError(f"{each.name} is {value!r}, not of type {kind.__name__}")
-    if each.metadata["choices"]:
-        require_choice(each.name, value, each.metadata["choices"])
-    if (low is not None and not value >= low) or (below is not None and not value < below):
-        wanted = f"at least {low}" + (f" and below {below}" if below is not None else "")
-        raise ValueError(f"{each.name} is {value}; it must be {wanted}")
+        raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
+    if choices:
+        require_choice(name, value, choices)
+    if not (low is None or value >= low) or not (below is None or value < below):
+        raise ValueError(f"{name} is {value}; it must be at least {low}" + (f" and below {below}" if below else ""))
 
 
 @dataclass(frozen=True)
@@ -776,6 +773,8 @@ def backward(network, inputs, targets, counted, coords, accumulate):
 class Run:
     """The progress of a training: all that a resumed one needs to go on to the very same weights."""
 
+    PROGRESS = ("step", "seconds", "loss_sum", "history")
+
     def __init__(self, model, recipe, out=None, best_by=None):
         self.model = model
         self.recipe = recipe
@@ -862,7 +861,7 @@ class Run:
 
     def save(self, tokenizer):
         self.require_finite()
-        progress = dict(step=self.step, seconds=self.seconds, loss_sum=self.loss_sum, history=self.history)
+        progress = {name: getattr(self, name) for name in self.PROGRESS}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         training = dict(progress=progress, model=self.model.state_dict(), optimizers=optimizers)
         if self.path:
@@ -883,11 +882,8 @@ class Run:
                 raise ValueError(f"{self.path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
         try:
             training = checkpoint["training"]
-            progress = training["progress"]
-            self.step = progress["step"]
-            self.seconds = progress["seconds"]
-            self.loss_sum = progress["loss_sum"]
-            self.history = progress["history"]
+            for name in self.PROGRESS:
+                setattr(self, name, training["progress"][name])
             states = [training["model"], *training["optimizers"]]
             for part, state in zip([self.model, *self.optimizers], states, strict=True):
                 part.load_state_dict(state)
@@ -1062,18 +1058,18 @@ def add_run_flags(parser, out):
 def add_flags(parser, settings, **defaults):
     """A flag for each field of a dataclass of Settings, some with other defaults."""
     add = parser.add_argument_group(settings.__name__.lower()).add_argument
-    for each, default in ((each, getattr(settings(**defaults), each.name)) for each in fields(settings)):
-        flag = f"--{each.name.replace('_', '-')}"
-        help = each.metadata["help"]
-        if help is None:
-            continue
-        help += "" if default is None else "; default %(default)s"
+    for each in filter(lambda each: each.metadata["help"], fields(settings)):
+        default = getattr(settings(**defaults), each.name)
+        options = {"default": default, "help": each.metadata["help"]}
+        if default is not None:
+            options["help"] += "; default %(default)s"
         if each.type is bool:
-            add(flag, action=argparse.BooleanOptionalAction, default=default, help=help)
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            many = "+" if get_origin(each.type) is tuple else None
-            choices = each.metadata["choices"]
-            add(flag, type=kind_of(each), nargs=many, choices=choices, default=default, help=help)
+            options |= {"type": kind_of(each), "choices": each.metadata["choices"]}
+        if get_origin(each.type) is tuple:
+            options["nargs"] = "+"
+        add(f"--{each.name.replace('_', '-')}", **options)
 
 
 def settings_from(arguments, settings):
@@ -1207,40 +1203,38 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     """A line chart of curves {label: (x values, y values)} and thin levels, references {label: y}, such as a limit, as
     a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
     font = ImageFont.load_default(26)
-    lines = {}
     levels = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
+    lines = {}
     for label, curve in curves.items():
         points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x + y)]
-        lines[label] = [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]
-    lines = {label: line for label, line in lines.items() if line}
-    points = sum(lines.values(), [])
-    if not points:
+        if shown := [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]:
+            lines[label] = shown
+    if not lines:
         raise ValueError(f"nothing to plot in {title!r}")
+    xs, ys = zip(*sum(lines.values(), []), strict=True)
     left, top, bottom = 160, 120, 960  # twice the size of the picture, for smooth lines
     right = min(1300, 1680 - max(map(font.getlength, [*lines, *levels])))
-    x_at, x_ticks = axis([x for x, _ in points], left, right, log_x)
-    y_at, y_ticks = axis([*(y for _, y in points), *levels.values()], bottom - 24, top, log_y)
+    x_at, x_ticks = axis(xs, left, right, log_x)
+    y_at, y_ticks = axis([*ys, *levels.values()], bottom - 24, top, log_y)
+    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items()}
     sheet = Image.new("RGB", (1800, 1100), "white")
-    draw = ImageDraw.Draw(sheet)
+    pen = ImageDraw.Draw(sheet)
     for tick in x_ticks:
-        draw.line([(x_at(tick), bottom), (x_at(tick), top)], fill=FAINT, width=2)
-        draw.text((x_at(tick), bottom + 14), f"{tick:g}", fill=INK, font=font, anchor="mt")
+        pen.line([(x_at(tick), bottom), (x_at(tick), top)], fill=FAINT, width=2)
+        pen.text((x_at(tick), bottom + 14), f"{tick:g}", fill=INK, font=font, anchor="mt")
     for tick in y_ticks:
-        draw.line([(left, y_at(tick)), (right, y_at(tick))], fill=FAINT, width=2)
-        draw.text((left - 14, y_at(tick)), f"{tick:g}", fill=INK, font=font, anchor="rm")
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=3)
-    draw.text((left, 36), title, fill=INK, font=ImageFont.load_default(34), anchor="lm")
-    draw.text((left, 90), y_label, fill=INK, font=font, anchor="lm")
-    draw.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
-    paths = {label: [(x_at(x), y_at(y)) for x, y in line] for label, line in lines.items()}
-    paths |= {label: [(left, y_at(y)), (right, y_at(y))] for label, y in levels.items()}
-    for i, (label, path) in enumerate(paths.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        width = 3 if label in levels else 5
+        pen.line([(left, y_at(tick)), (right, y_at(tick))], fill=FAINT, width=2)
+        pen.text((left - 14, y_at(tick)), f"{tick:g}", fill=INK, font=font, anchor="rm")
+    pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=3)
+    pen.text((left, 36), title, fill=INK, font=ImageFont.load_default(34), anchor="lm")
+    pen.text((left, 90), y_label, fill=INK, font=font, anchor="lm")
+    pen.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
+    for i, (label, line) in enumerate(lines.items()):
+        style = {"fill": COLOURS[i % len(COLOURS)], "width": 3 if label in levels else 5}
         legend = top + 20 + 44 * i
-        draw.line(path, fill=colour, width=width, joint="curve")
-        draw.line([(right + 30, legend), (right + 90, legend)], fill=colour, width=width)
-        draw.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
+        pen.line([(x_at(x), y_at(y)) for x, y in line], joint="curve", **style)
+        pen.line([(right + 30, legend), (right + 90, legend)], **style)
+        pen.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
     return sheet.resize((900, 550), Image.Resampling.LANCZOS)
 
 

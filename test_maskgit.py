@@ -6,7 +6,6 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
-import argparse
 import csv
 import functools
 import hashlib
@@ -15,13 +14,13 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import runpy
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,7 +35,20 @@ import inpaint
 import maskgit
 import train_rectangles
 import train_squares
-from maskgit import ORDERS, SCHEDULES, PatchTokenizer, decode, grid_coords, kmeans, random_mask, train, training_mask
+from benchmarks import ablation, filling, remedies, samplers
+from extras import vqgan
+from maskgit import (
+    ORDERS,
+    SCHEDULES,
+    PatchTokenizer,
+    Recipe,
+    decode,
+    grid_coords,
+    kmeans,
+    random_mask,
+    train,
+    training_mask,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,7 +59,7 @@ def seeded(seed=0):
 
 def tiny_model(seed=0, codes=5, **options):
     torch.manual_seed(seed)
-    return maskgit.MaskGIT(codes, **{"dim": 16, "heads": 2, "layers": 2, "dropout": 0.0} | options).eval()
+    return maskgit.MaskGIT(codes, **{"dim": 16, "heads": 2, "layers": 2} | options).eval()
 
 
 def weights(model):
@@ -80,8 +92,9 @@ def call(script, *arguments):
     """Run a script in this process as its command line would be, with few draws and no weights of Inception at hand;
     returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", [f"{script.__name__.replace('.', '/')}.py", *map(str, arguments)])
         patch.setattr(train_squares, "EXACT_DRAWS", 100)
+        patch.setattr(train_squares, "MODEL_DRAWS", 20)
         patch.setattr(fid, "release_path", lambda: Path("no-weights-here.pth"))
         try:
             maskgit.run_as_script(script.main)
@@ -137,7 +150,8 @@ def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
 
 
 def test_plus_plus_draws_by_squared_distance():
-    points, rng = np.array([[0.0], [1.0], [3.0]], dtype=np.float32), np.random.default_rng(0)
+    points = np.array([[0.0], [1.0], [3.0]], dtype=np.float32)
+    rng = np.random.default_rng(0)
     chosen = np.array([maskgit.plus_plus(points, 3, rng)[:, 0] for _ in range(6000)])
     assert np.mean(chosen[chosen[:, 0] == 0, 1] == 3) == pytest.approx(9 / 10, abs=0.03)
     assert (np.sort(chosen, axis=1) == points[:, 0]).all(), "none is chosen twice"
@@ -165,7 +179,8 @@ def test_patches_are_flattened_row_by_row_and_stitched_by_hand():
     assert patches[0, 0, 1].tolist() == [2, 3, 4, 7, 8, 9, 12, 13, 14]
     # Four constant 3x3 patches, two pixels apart: where two overlap it is their mean, in the middle that of all.
     tokenizer = PatchTokenizer(np.repeat([[1.0], [2.0], [3.0], [4.0]], 9, axis=1), patch=3, stride=2)
-    row, middle = [1, 1, 1.5, 2, 2], [2, 2, 2.5, 3, 3]
+    row = [1, 1, 1.5, 2, 2]
+    middle = [2, 2, 2.5, 3, 3]
     expected = [row, row, middle, [x + 2 for x in row], [x + 2 for x in row]]
     assert tokenizer.decode(np.array([[[0, 1], [2, 3]]]))[0, :, :, 0].tolist() == expected
 
@@ -180,7 +195,8 @@ def test_grid_coords_are_x_then_y_row_by_row():
 
 @pytest.mark.parametrize("layout", ["split", "printed"])
 def test_position_encoding_equals_its_formula_dimension_by_dimension(layout):
-    coords, dim = torch.tensor([[0.0, 0.0], [3.0, 5.0], [-1.25, 7.5]]), 16
+    coords = torch.tensor([[0.0, 0.0], [3.0, 5.0], [-1.25, 7.5]])
+    dim = 16
     encoded = maskgit.position_encoding(coords, dim, layout)
     assert encoded.shape == (3, dim)
     for (row, (x, y)), i in itertools.product(enumerate(coords.tolist()), range(dim)):
@@ -204,11 +220,15 @@ def test_rotary_angles_equal_their_formula():
 
 def test_attention_equals_an_explicit_softmax():
     torch.manual_seed(0)
-    attention, x = maskgit.Attention(12, 3), torch.randn(2, 7, 12)
-    weight, heads = attention.qkv.weight, []
+    attention = maskgit.Attention(12, 3)
+    x = torch.randn(2, 7, 12)
+    weight = attention.qkv.weight
+    heads = []
     for h in range(3):
         of_all = (x @ weight.T + attention.qkv.bias).split(4, dim=2)  # of three heads queries, then keys, then values
-        query, key, value = of_all[h], of_all[3 + h], of_all[6 + h]
+        query = of_all[h]
+        key = of_all[3 + h]
+        value = of_all[6 + h]
         scores = torch.exp(query @ key.transpose(1, 2) / math.sqrt(4))
         heads.append(scores / scores.sum(dim=2, keepdim=True) @ value)
     expected = torch.cat(heads, dim=2) @ attention.out.weight.T + attention.out.bias
@@ -228,7 +248,8 @@ def test_attention_equals_an_explicit_softmax():
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_block_is_the_written_formula(norm):
     torch.manual_seed(0)
-    block, x = maskgit.Block(8, 2, 24, 0.5, norm).eval(), torch.randn(2, 5, 8)
+    block = maskgit.Block(8, 2, 24, 0.5, norm).eval()
+    x = torch.randn(2, 5, 8)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
 
@@ -236,7 +257,8 @@ def test_block_is_the_written_formula(norm):
         return F.layer_norm(x, (8,), module.weight, module.bias)
 
     def mlp(x):
-        wide, narrow = block.mlp[0], block.mlp[2]
+        wide = block.mlp[0]
+        narrow = block.mlp[2]
         return F.gelu(x @ wide.weight.T + wide.bias) @ narrow.weight.T + narrow.bias
 
     if norm == "post":
@@ -255,7 +277,9 @@ def test_block_is_the_written_formula(norm):
 
 def test_rotary_attention_sees_differences_of_coordinates_alone():
     torch.manual_seed(0)
-    attention, x, coords = maskgit.Attention(16, 2), torch.randn(1, 5, 16), torch.rand(5, 2) * 6
+    attention = maskgit.Attention(16, 2)
+    x = torch.randn(1, 5, 16)
+    coords = torch.rand(5, 2) * 6
     places = coords, coords + torch.tensor([3.0, -7.5]), -coords
     here, moved, mirrored = (attention(x, maskgit.rotary_angles(at, 8)[None, None]) for at in places)
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
@@ -271,7 +295,8 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
 
 @pytest.mark.parametrize("rotary", [False, True])
 def test_only_coordinates_tell_tokens_apart_and_each_image_may_have_its_own(rotary):
-    model, tokens = tiny_model(rotary=rotary), torch.randint(6, (2, 9), generator=seeded())
+    model = tiny_model(rotary=rotary)
+    tokens = torch.randint(6, (2, 9), generator=seeded())
     coords = torch.stack([grid_coords(3, 3), grid_coords(3, 3) * 1.7 + 0.3])
     order = torch.randperm(9, generator=seeded())
     logits = model(tokens, coords)
@@ -280,25 +305,29 @@ def test_only_coordinates_tell_tokens_apart_and_each_image_may_have_its_own(rota
     torch.testing.assert_close(model(tokens[:, order], coords[:, order]), logits[:, order], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(tokens[:, order], coords), logits[:, order], atol=1e-3)
     if rotary:  # the same weights without it
-        assert (logits - tiny_model()(tokens, coords)).abs().max() > 1e-3
+        assert (logits - tiny_model(rotary=False)(tokens, coords)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("head", ["tied", "cosine", "linear"])
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_heads_by_hand_and_no_logit_for_mask(head, norm):
     """Tied and cosine compare the state with each code's row of the embedding table."""
-    model, states, coords = tiny_model(head=head, norm=norm), [], grid_coords(2, 2)
+    model = tiny_model(head=head, norm=norm)
+    states = []
+    coords = grid_coords(2, 2)
     if head == "tied":
         torch.nn.init.normal_(model.bias)
     model.to_logits.register_forward_hook(lambda module, arguments, output: states.append(output))
     model.blocks[0].register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
     tokens = torch.tensor([[0, 4, model.mask_id, 2]])
-    logits, inputs = model(tokens, coords), states.pop(0)
+    logits = model(tokens, coords)
+    inputs = states.pop(0)
     positions = maskgit.position_encoding(coords, 16)
     torch.testing.assert_close(inputs, 4 * model.embedding.weight[tokens] + positions[None])
     assert model.mask_id == 5 and logits.shape == (1, 4, 5)
     for t, k in itertools.product(range(4), range(5) if head != "linear" else ()):
-        state, code = states[0][0, t], model.embedding.weight[k]
+        state = states[0][0, t]
+        code = model.embedding.weight[k]
         expected = (state * code).sum()
         expected = expected + model.bias[k] if head == "tied" else expected / (state.norm() * code.norm())
         assert logits[0, t, k].item() == pytest.approx(expected.item(), abs=1e-5)
@@ -318,7 +347,8 @@ def test_heads_by_hand_and_no_logit_for_mask(head, norm):
     + [("arccos", 2 / 3), ("log", 1 - math.log2(1.5)), ("exp", 1 - (math.e**0.5 - 1) / (math.e - 1))],
 )
 def test_schedules_fall_from_one_to_zero(name, half):
-    gamma, r = SCHEDULES[name], np.linspace(0, 1, 101)
+    gamma = SCHEDULES[name]
+    r = np.linspace(0, 1, 101)
     assert [gamma(0.0), gamma(0.5), gamma(1.0)] == pytest.approx([1, half, 0], abs=1e-12)
     assert (np.diff(gamma(r)) < 0).all() and gamma(0.3) == pytest.approx(gamma(r)[30])
     assert len(SCHEDULES) == 8
@@ -336,7 +366,8 @@ def test_masks_hide_exact_counts_and_every_token_equally_often():
 
 def test_training_masks_are_the_boxes_of_two_tokens_and_the_halves():
     """On a grid with its rows: every box and half occurs, and nothing else; at other coordinates by counting."""
-    coords, found = grid_coords(3, 4), {}
+    coords = grid_coords(3, 4)
+    found = {}
     for kind in ("box", "half"):
         found[kind] = set(map(tuple, training_mask((4000, 12), kind, seeded(), coords).tolist()))
     rows, columns = (list(itertools.combinations_with_replacement(range(n), 2)) for n in (3, 4))
@@ -367,13 +398,11 @@ def test_the_extremes_of_the_random_numbers_are_masks(kind, extreme, monkeypatch
 
 def test_masked_cross_entropy_by_hand():
     logits = torch.tensor([[[0.0, 0.0], [3.0, 0.0]], [[0.0, 1.0], [0.0, 0.0]]])
-    targets, mask = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[True, False], [True, True]])
+    targets = torch.tensor([[0, 1], [1, 0]])
+    mask = torch.tensor([[True, False], [True, True]])
     hidden = [math.log(2), math.log(1 + math.exp(-1)), math.log(2)]
     assert maskgit.masked_cross_entropy(logits, targets, mask).item() == pytest.approx(sum(hidden) / 3)
     assert maskgit.masked_cross_entropy(logits, targets, mask, count=7).item() == pytest.approx(sum(hidden) / 7)
-    smooth = maskgit.masked_cross_entropy(logits, targets, mask, label_smoothing=0.2)
-    other = [math.log(2), math.log(1 + math.exp(1)), math.log(2)]  # of the wrong code
-    assert smooth.item() == pytest.approx(sum(0.9 * a + 0.1 * b for a, b in zip(hidden, other, strict=True)) / 3)
     soft = torch.rand(2, 2, 2, generator=seeded(1)).softmax(dim=-1)
     expected = -(soft * logits.log_softmax(dim=-1)).sum(dim=-1)[mask].mean()
     torch.testing.assert_close(maskgit.masked_cross_entropy(logits, soft, mask), expected)
@@ -390,27 +419,29 @@ def ragged_batch(seed, images=6, tokens=16, codes=5):
     return ids, mask
 
 
-def lazy(step):
+def lazy(state):
     """An order at its own pace that wants the first half of the images' even places, and then nothing."""
-    return (step.place % 2 == 0) & (step.image < 3) & (step.step < 3)
+    return (state.place % 2 == 0) & (state.image < 3) & (state.step < 3)
 
 
-def vandal(step):
-    """An order that wants all and draws no codes."""
-    step.values.fill_(1000)
-    return step.values > 0
+def eager(state):
+    """An order at its own pace that wants all."""
+    return state.place >= 0
 
 
-OWN_PACE = {"entropy", lazy, vandal}
+OWN_PACE = {"entropy", lazy, eager}
 
 
-@pytest.mark.parametrize("order", [*ORDERS, lazy, vandal])
+@pytest.mark.parametrize("order", [*ORDERS, lazy, eager])
 @pytest.mark.parametrize("schedule", [*SCHEDULES, lambda r: 1 - r])
 @pytest.mark.parametrize(("sample", "steps"), [("categorical", 1), ("argmax", 5), ("categorical", 8), ("argmax", 40)])
 def test_decode_keeps_its_promises(order, schedule, sample, steps):
-    model, coords, trace = tiny_model(dropout=0.5), grid_coords(4, 4), []
+    model = tiny_model(dropout=0.5)
+    coords = grid_coords(4, 4)
+    trace = []
     tokens, mask = ragged_batch(steps)
-    inputs, gamma = (tokens.clone(), mask.clone()), SCHEDULES.get(schedule, schedule)
+    inputs = (tokens.clone(), mask.clone())
+    gamma = SCHEDULES.get(schedule, schedule)
     arguments = {"steps": steps, "schedule": schedule, "order": order, "sample": sample}
     result = decode(model, tokens, mask, coords, generator=seeded(), trace=trace, **arguments)
     assert torch.equal(result[~mask], tokens[~mask]), "given tokens come back unchanged"
@@ -427,28 +458,39 @@ def test_decode_keeps_its_promises(order, schedule, sample, steps):
         assert torch.equal(now[committed], before[committed]), "a committed token never changes"
         assert torch.equal(hidden, now == model.mask_id)
         scheduled = [math.floor(gamma(t / steps) * n) if t < steps else 0 for n in start.tolist()]
-        left, expected = hidden.sum(dim=1), torch.tensor(scheduled).minimum(had - 1).clamp(min=0)
+        left = hidden.sum(dim=1)
+        expected = torch.tensor(scheduled).minimum(had - 1).clamp(min=0)
         if order in OWN_PACE:
             assert ((left < had) | (had == 0)).all() and (order != "entropy" or (left <= expected).all())
         else:
             assert torch.equal(left, expected)
-        before, had = now, left
+        before = now
+        had = left
     assert len(trace) <= steps and not trace[-1][1].any()
 
 
 def test_an_order_sees_the_step_and_is_obeyed():
-    """What it is told, against the trace; and just the tokens that it wants are committed, with its values."""
-    model, coords, trace, told = tiny_model(), grid_coords(4, 4), [], []
+    """What it is told, against the trace; and just the tokens that it wants are committed, as they were sampled."""
+    model = tiny_model()
+    coords = grid_coords(4, 4)
+    trace = []
+    told = []
     tokens, mask = ragged_batch(2)
 
-    def order(step):
-        step.values.copy_((step.place + step.step) % 5)
-        step.memory["calls"] = step.memory.get("calls", 0) + 1
-        told.append(step._replace(memory=dict(step.memory)))
-        return step.place % 3 == step.step % 3
+    def sample(state):
+        assert state.tokens is None
+        return (state.place + state.step) % 5
 
-    decode(model, tokens, mask, coords, steps=20, schedule="linear", order=order, trace=trace, generator=seeded())
-    shown, before = tokens.masked_fill(mask, 5), mask
+    def order(state):
+        assert torch.equal(state.tokens, sample(state._replace(tokens=None)))
+        state.memory["calls"] = state.memory.get("calls", 0) + 1
+        told.append(state._replace(memory=dict(state.memory)))
+        return state.place % 3 == state.step % 3
+
+    options = {"steps": 20, "schedule": "linear", "order": order, "sample": sample, "trace": trace}
+    decode(model, tokens, mask, coords, generator=seeded(), **options)
+    shown = tokens.masked_fill(mask, 5)
+    before = mask
     for t, (step, (now, hidden)) in enumerate(zip(told, trace, strict=True), start=1):
         assert torch.equal(torch.stack([step.image, step.place]), before.nonzero().T)
         with torch.no_grad():
@@ -458,11 +500,13 @@ def test_an_order_sees_the_step_and_is_obeyed():
         assert (step.step, step.steps) == (t, 20)
         scheduled = (mask.sum(dim=1) * (1 - t / 20)).floor()
         assert torch.equal(step.left, scheduled.minimum(before.sum(dim=1) - 1).clamp(min=0).long())
-        wanted, committed = before & (torch.arange(16) % 3 == t % 3), before & ~hidden
+        wanted = before & (torch.arange(16) % 3 == t % 3)
+        committed = before & ~hidden
         obeyed = wanted.any(dim=1)
         assert torch.equal(committed[obeyed], wanted[obeyed]) and (committed[~obeyed].sum(dim=1) <= 1).all()
         assert torch.equal(now[committed], ((torch.arange(16) + t) % 5).expand(6, 16)[committed])
-        shown, before = now, hidden
+        shown = now
+        before = hidden
 
 
 class FixedMarginals:
@@ -470,7 +514,8 @@ class FixedMarginals:
 
     def __init__(self, probabilities):
         self.log_probabilities = torch.tensor(probabilities).log()
-        self.mask_id, self.sizes = self.log_probabilities.shape[-1], []
+        self.mask_id = self.log_probabilities.shape[-1]
+        self.sizes = []
 
     def __call__(self, tokens, coords):
         self.sizes.append(len(tokens))
@@ -485,7 +530,8 @@ def decode_from_nothing(probabilities, draws=1, **options):
 
 def committed_first(order, probabilities, **options):
     """Which token a deterministic decode of one image commits at each step."""
-    trace, t = [], len(probabilities)
+    trace = []
+    t = len(probabilities)
     options = {"steps": t, "schedule": "cubic", "sample": "argmax"} | options
     decode_from_nothing(probabilities, order=order, trace=trace, **options)
     masks = [torch.ones(1, t, dtype=torch.bool), *(mask for _, mask in trace)]
@@ -507,9 +553,11 @@ def test_confidence_is_noisy_at_first_and_not_at_last(log_probability):
     """Ranks of two tokens by (log) probability plus Gumbel noise: the noise's difference is logistic."""
     order = functools.partial(maskgit.by_confidence, choice_temperature=0.0, log_probability=log_probability)
     assert committed_first(order, [[0.6, 0.4], [0.9, 0.1], [0.3, 0.7], [0.2, 0.8]]) == [[1], [3], [2], [0]]
-    probabilities, n = torch.tensor([0.9, 0.5]), 20000
+    probabilities = torch.tensor([0.9, 0.5])
+    n = 20000
     log_probs = torch.stack([probabilities, 1 - probabilities], dim=-1).log().repeat(n, 1)
-    image, place = torch.arange(2 * n) // 2, torch.arange(2 * n) % 2
+    image = torch.arange(2 * n) // 2
+    place = torch.arange(2 * n) % 2
     for t, temperature in ((1, 4.5), (3, 4.5), (3, 1.0), (4, 4.5)):
         step = maskgit.Step(log_probs, torch.zeros_like(image), image, place, None, None, t, 4, seeded(), {})
         priority = maskgit.by_confidence(step, temperature, log_probability).view(n, 2)
@@ -536,16 +584,10 @@ def test_entropy_commits_the_most_uncertain_and_what_the_budget_allows():
     assert drawn.tolist() == pytest.approx([0.005, 0.4], abs=0.002, rel=0.05)
 
 
-def test_halton_visits_the_quarters_in_turn():
-    coords, options = grid_coords(8, 8), {"steps": 64, "schedule": "linear"}
-    visited = [token for (token,) in committed_first("halton", [[0.5, 0.5]] * 64, coords=coords, **options)]
-    assert sorted(visited) == list(range(64))
-    # By hand: radical inverses (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9) of a 7 x 7 box.
-    assert coords[visited[:4]].tolist() in ([[0, 0], [x, 2], [2, 5], [5, 1]] for x in (3, 4))
-
-
 def test_stop_after_commits_the_rest():
-    (tokens, mask), (short, whole) = ragged_batch(3), ([], [])
+    tokens, mask = ragged_batch(3)
+    short = []
+    whole = []
     for trace, stop_after in ((short, 3), (whole, None)):
         options = {"steps": 10, "order": "confidence", "stop_after": stop_after, "generator": seeded()}
         assert decode(tiny_model(), tokens, mask, grid_coords(4, 4), trace=trace, **options).max() < 5
@@ -563,7 +605,9 @@ def test_finished_images_cost_no_more_calls():
 
 def test_evidence_is_added_to_the_logits_of_its_own_token():
     """Evidence for one code in each token overrules the model, whichever images are finished."""
-    model, tokens, coords = tiny_model(), torch.zeros(3, 6, dtype=torch.int64), grid_coords(2, 3)
+    model = tiny_model()
+    tokens = torch.zeros(3, 6, dtype=torch.int64)
+    coords = grid_coords(2, 3)
     mask = random_mask((3, 6), torch.tensor([0.2, 0.6, 1.0]), seeded())
     wanted = torch.randint(5, (3, 6), generator=seeded(1))
     evidence = 100.0 * F.one_hot(wanted, 5)
@@ -578,16 +622,6 @@ def test_evidence_is_added_to_the_logits_of_its_own_token():
 def decode_with(**wrong):
     tokens, mask = ragged_batch(0)
     return decode(**{"model": tiny_model(), "tokens": tokens, "mask": mask, "coords": grid_coords(4, 4)} | wrong)
-
-
-def growing_batch(step):
-    tokens = torch.zeros(4, 4 + step, dtype=torch.int64)
-    return tokens, tokens == 0, grid_coords(1, 4 + step)
-
-
-def batch_at_own_coords(step):
-    tokens, mask, coords = striped_batch(step)
-    return tokens, mask, coords.expand(24, 9, 2)
 
 
 NO_NUMBERS = torch.full((6, 16, 5), math.nan)
@@ -606,15 +640,21 @@ REFUSED = [
     ("split, printed", lambda: maskgit.position_encoding(grid_coords(2, 2), 16, "learned")),
     ("divisible by 4, not 6", lambda: maskgit.rotary_angles(grid_coords(2, 2), 6)),
     ("pre, post", lambda: tiny_model(norm="none")),
-    ("tied, cosine, linear", lambda: tiny_model(head="mlp")),
+    ("linear, tied, cosine", lambda: tiny_model(head="mlp")),
     ("16 is not divisible by 3 heads", lambda: tiny_model(heads=3)),
     ("cosine head", lambda: tiny_model(head="tied", learn_temperature=True)),
     ("between 0 and 1", lambda: random_mask((2, 4), 1.5)),
-    *(("is no mask", functools.partial(training_mask, (6, 100), kind)) for kind in ("sideways", "0.2+", "1.5", "nan")),
+    *(
+        (f"'{part}' is no mask", functools.partial(training_mask, (6, 100), f"{kind}{part}"))
+        for kind, part in (("", "sideways"), ("0.2+", ""), ("", "1.5"), ("box+", "nan"), ("", "-0.1"))
+    ),
     ("unknown order 'raster'", lambda: decode_with(order="raster")),
-    (r"an order returned \(1,\)", lambda: decode_with(order=lambda step: step.values[:1])),
+    (r"order returned \(1,\)", lambda: decode_with(order=lambda state: state.tokens[:1])),
     ("unknown schedule 'quadratic'", lambda: decode_with(schedule="quadratic")),
     ("unknown sample 'greedy'", lambda: decode_with(sample="greedy")),
+    (r"sample returned \(1,\)", lambda: decode_with(sample=lambda state: state.place[:1])),
+    ("none of the codes", lambda: decode_with(sample=lambda state: state.place + 5)),
+    ("none of the codes", lambda: decode_with(order=lambda state: state.tokens.fill_(1000) > 0)),
     ("at least 1", lambda: decode_with(steps=0)),
     ("at least 1", lambda: decode_with(stop_after=0)),
     ("argmax", lambda: decode_with(temperature=0.0)),
@@ -626,10 +666,15 @@ REFUSED = [
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
     ("cannot be split", lambda: trained(accumulate=25)),
     ("needs the coordinates", lambda: training_mask((6, 100), "0.2+half")),
-    ("need one shape", lambda: trained(growing_batch, on_policy=0.5)),
-    ("the same coordinates", lambda: trained(batch_at_own_coords, on_policy=0.5)),
-    ("adamw, muon", lambda: trained(optimizer="sgd")),
-    ("constant, linear", lambda: trained(decay="step")),
+    ("precision 'fp16'; choose from auto, float32, bf16", lambda: Recipe(precision="fp16")),
+    ("muon, adamw", lambda: Recipe(optimizer="sgd")),
+    ("linear, constant", lambda: Recipe(decay="step")),
+    ("steps is 0; it must be at least 1", lambda: Recipe(steps=0)),
+    ("steps is 'many', not of type int", lambda: Recipe(steps="many")),
+    ("lr is nan", lambda: Recipe(lr=math.nan)),
+    ("lr is None", lambda: Recipe(lr=None)),
+    ("betas is 1.0; it must be at least 0.0 and below 1.0", lambda: Recipe(betas=(0.9, 1.0))),
+    ("'sideways' is no mask", lambda: maskgit.Experiment(mask="cosine+sideways")),
     ("nothing to plot", lambda: maskgit.line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
 ]
 
@@ -656,11 +701,31 @@ def broken_off_at(stop, step):
     return striped_batch(step)
 
 
-def trained(batch=striped_batch, steps=20, **options):
+def recipe(**settings):
+    return Recipe(**{"steps": 20, "lr": 0.01, "optimizer": "adamw", "precision": "float32"} | settings)
+
+
+def trained(batch=striped_batch, *, dropout=0.0, out=None, resume=False, validate=None, best_by=None, **settings):
     """The weights of a tiny model after training, and the rows of its log."""
-    model = tiny_model(codes=2, dropout=options.pop("dropout", 0.0))
-    rows = train(model, batch, steps=steps, **{"lr": 0.01} | options)
+    model = tiny_model(codes=2, dropout=dropout)
+    options = dict(out=out, resume=resume, validate=validate, best_by=best_by)
+    rows = train(model, batch, recipe(**settings), **options)
     return weights(model), rows
+
+
+@pytest.fixture
+def checkpoints_at(monkeypatch):
+    """Whether model.pt is due depends on the step alone: it is written after these, and at the end."""
+    report = maskgit.Run.report
+
+    def patch(*steps):
+        def report_at(run, *arguments):
+            monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", -1 if run.step in steps else math.inf)
+            report(run, *arguments)
+
+        monkeypatch.setattr(maskgit.Run, "report", report_at)
+
+    return patch
 
 
 def gradients_by_hand(model, every_position=False):
@@ -675,7 +740,7 @@ def gradients_by_hand(model, every_position=False):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_training_learns_and_returns_the_log(optimizer, tmp_path):
     out = tmp_path / "new" / "run"
-    found, rows = trained(steps=150, log_steps=50, optimizer=optimizer, out=out, warmup=5)
+    found, rows = trained(steps=150, log_rows=3, optimizer=optimizer, out=out, warmup=5)
     assert rows[-1]["loss"] < 0.2 < math.log(2)  # what is left: images hidden altogether
     assert [row["step"] for row in rows] == logged(out, "step") == [50, 100, 150]
     assert [row["loss"] for row in rows] == logged(out, "loss")
@@ -684,11 +749,11 @@ def test_training_learns_and_returns_the_log(optimizer, tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 5, 24])
-@pytest.mark.parametrize("every_position", [False, True])
-def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, every_position):
+@pytest.mark.parametrize("counted", ["masked", "all"])
+def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, counted):
     """Parts with different numbers of hidden tokens must not be averaged as equals."""
-    loss, gradients = gradients_by_hand(tiny_model(codes=2), every_position)
-    (row,) = trained(steps=1, accumulate=accumulate, every_position=every_position)[1]
+    loss, gradients = gradients_by_hand(tiny_model(codes=2), every_position=counted == "all")
+    (row,) = trained(steps=1, accumulate=accumulate, loss=counted)[1]
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
     assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
@@ -698,16 +763,18 @@ def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, every_positi
 def test_first_step_by_hand(optimizer):
     """AdamW moves every weight by lr against the sign of its gradient. Muon has the matrices of the blocks, and moves
     them by orthogonal ones of the same size, however unlike each other the gradient's axes are. Only those decay."""
-    model = tiny_model(codes=2)
+    model = tiny_model(codes=2, head="tied", rotary=False)
     matrices = {id(parameter) for parameter in model.blocks.parameters() if parameter.ndim == 2}
-    before, gradients = [p.detach().clone() for p in model.parameters()], gradients_by_hand(model)[1]
+    before = [p.detach().clone() for p in model.parameters()]
+    gradients = gradients_by_hand(model)[1]
     options = {"lr": 0.01, "warmup": 0, "clip": math.inf, "weight_decay": 0.5, "optimizer": optimizer}
-    train(model, striped_batch, steps=1, **options)
+    train(model, striped_batch, recipe(steps=1, **options))
     for parameter, start, gradient in zip(model.parameters(), before, gradients, strict=True):
         in_blocks = id(parameter) in matrices
         step = (parameter.detach() - start * (1 - 0.01 * 0.5 * in_blocks)) / 0.01
         if in_blocks and optimizer == "muon":
-            sizes, of_gradient = torch.linalg.svdvals(step)[:4], torch.linalg.svdvals(gradient)[:4]
+            sizes = torch.linalg.svdvals(step)[:4]
+            of_gradient = torch.linalg.svdvals(gradient)[:4]
             assert (sizes / (0.2 * math.sqrt(max(step.shape))) - 1).abs().max() < 0.4
             assert of_gradient[3] < 0.1 * of_gradient[0]
         else:
@@ -717,22 +784,24 @@ def test_first_step_by_hand(optimizer):
 
 def test_learning_rate_rises_and_falls():
     for decay, fall in {"constant": [1] * 4, "linear": [1, 3 / 4, 1 / 2, 1 / 4]}.items():
-        rows = trained(steps=6, log_steps=1, lr=0.3, warmup=2, decay=decay)[1]
+        rows = trained(steps=6, lr=0.3, warmup=2, decay=decay)[1]
         assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.2, *(0.3 * share for share in fall)])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_muon_has_the_precision_of_the_training(precision):
     """Newton and Schulz's polynomials of a random matrix by float64."""
-    model, start = tiny_model(codes=2), tiny_model(codes=2)
-    target, gradient = model.blocks[0].mlp[0].weight, torch.randn(64, 16, generator=seeded())
+    model = tiny_model(codes=2)
+    start = tiny_model(codes=2)
+    target = model.blocks[0].mlp[0].weight
+    gradient = torch.randn(64, 16, generator=seeded())
     x = gradient.double().T / gradient.double().norm()  # the first step's momentum has the gradient's direction
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    run = maskgit.Run(model, maskgit.make_optimizers(model, "muon", 0.01, (0.9, 0.95), 0.0), None, None)
+    options = {"optimizer": "muon", "warmup": 0, "clip": math.inf, "precision": precision}
     target.grad = gradient.clone()
-    run.update(0.0, math.inf, 0.01, precision)
+    maskgit.Run(model, recipe(**options)).update(0.0)
     moved = (start.blocks[0].mlp[0].weight - target).detach() / (0.01 * 0.2 * 8)
     error = (moved - x.T).norm() / x.norm()
     assert error < 1e-4 if precision == "float32" else 1e-4 < error < 0.05
@@ -748,53 +817,21 @@ def test_gradients_are_clipped():
 
 
 def test_soft_targets_are_what_training_aims_at():
-    targets = (None, torch.eye(2), torch.ones(2, 2) / 2)
-    hard, sure, even = (trained(steps=3, warmup=0, soft_targets=each)[0] for each in targets)
+    models = [tiny_model(codes=2) for _ in range(3)]
+    for model, targets in zip(models, (None, torch.eye(2), torch.ones(2, 2) / 2), strict=True):
+        train(model, striped_batch, recipe(steps=3, warmup=0), soft_targets=targets)
+    hard, sure, even = map(weights, models)
     torch.testing.assert_close(hard, sure, rtol=0, atol=1e-4)
     assert (hard - even).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("accumulate", [1, 5])
-def test_on_policy_rows_are_what_decode_visits(accumulate):
-    """With a model that stays as it is: row by row the states of decode, told the true values, and then a new image."""
-    model, order, inputs = tiny_model(codes=2), functools.partial(maskgit.by_entropy, budget=1.5), []
-
-    def batch(step):
-        tokens = torch.randint(2, (24, 9), generator=seeded(step))
-        return tokens, random_mask(tokens.shape, 0.6, seeded(step)), grid_coords(3, 3)
-
-    def visited(row):
-        step = 0
-        while step < 9:
-            tokens, mask, coords = batch(step)
-            tokens, mask = tokens[[row]], mask[[row]]
-            trace = [(tokens.masked_fill(mask, 2), mask)]
-
-            def told(visit, tokens=tokens):
-                visit.values.copy_(tokens[0, visit.place])
-                return order(visit)
-
-            decode(model.eval(), tokens, mask, coords, steps=9, order=told, trace=trace)
-            yield from (state[0] for state, _ in trace[:-1])
-            step += len(trace) - 1
-
-    with model.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
-        train(model, batch, steps=9, lr=0.0, on_policy=0.25, policy=order, accumulate=accumulate)
-    shown = torch.cat(inputs).view(9, 24, 9)
-    for step in range(9):
-        tokens, mask, _ = batch(step)
-        assert torch.equal(shown[step, :18], tokens.masked_fill(mask, 2)[:18])
-    for row in range(18, 24):
-        for step, state in zip(range(9), visited(row), strict=False):
-            assert torch.equal(shown[step, row], state), (row, step)
-
-
-@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "accumulate": 3}, {"on_policy": 0.5, "accumulate": 3}])
-def test_resumed_run_is_bit_identical(options, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "accumulate": 3}])
+def test_resumed_run_is_bit_identical(options, tmp_path, checkpoints_at):
     """With dropout, after a run that broke off between two checkpoints and two rows of the log."""
-    options = {"log_steps": 6, "checkpoint_steps": 4, "config": {"dim": 16}, "dropout": 0.1} | options
+    options = {"log_rows": 3, "dropout": 0.1} | options
     undisturbed, rows = trained(**options)
     assert not torch.equal(undisturbed, trained(seed=1, **options)[0]), "dropout follows the seed"
+    checkpoints_at(4, 8, 12)
     with pytest.raises(KeyboardInterrupt):
         trained(functools.partial(broken_off_at, 11), out=tmp_path, **options)
     assert saved(tmp_path)["step"] == 8
@@ -803,24 +840,26 @@ def test_resumed_run_is_bit_identical(options, tmp_path):
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("checkpoint_steps", [3, 6])
-def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint_steps, tmp_path):
+@pytest.mark.parametrize("checkpoint", [3, 6])
+def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint, tmp_path, checkpoints_at):
     def another_begins(step):
         if step == 4:
             trained(steps=2, out=tmp_path)
             os.utime(tmp_path / "model.pt", (later := time.time() + 5, later))  # as if it had taken so long
         return striped_batch(step)
 
-    options = {"steps": 6, "checkpoint_steps": checkpoint_steps, "out": tmp_path}
-    assert "another run has written" in refusal(trained, another_begins, **options)
+    checkpoints_at(checkpoint)
+    assert "another run has written" in refusal(trained, another_begins, steps=6, out=tmp_path)
     assert saved(tmp_path)["step"] == 2
-    trained(steps=4, checkpoint_steps=1, out=tmp_path)  # one after the other
+    checkpoints_at(1, 2, 3)
+    trained(steps=4, out=tmp_path)  # one after the other
     assert saved(tmp_path)["step"] == 4
 
 
 def test_checkpoints_are_two_minutes_apart(tmp_path, monkeypatch):
     """Of 9 steps that take 50 seconds each the first save is after the third, and so on."""
-    found, now = [], 0.0
+    found = []
+    now = 0.0
     monkeypatch.setattr(maskgit.time, "monotonic", lambda: now)
 
     def batch(step):
@@ -833,7 +872,7 @@ def test_checkpoints_are_two_minutes_apart(tmp_path, monkeypatch):
     assert found == [0, 0, 0, 3, 3, 3, 6, 6, 6]
 
 
-def test_the_best_validated_model_is_kept(tmp_path):
+def test_the_best_validated_model_is_kept(tmp_path, checkpoints_at):
     """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
     seen = []
 
@@ -842,29 +881,33 @@ def test_the_best_validated_model_is_kept(tmp_path):
         seen.append(weights(model))
         return {"figure": [3.0, 1.0, 2.0, 1.5][len(seen) - 1]}
 
-    options = {"steps": 8, "log_steps": 2, "validate": validate, "best_by": "figure"}
+    options = {"steps": 8, "log_rows": 4, "validate": validate, "best_by": "figure"}
     found, _ = trained(**options)
     best = seen[1]
     assert torch.equal(found, best) and not torch.equal(best, seen[3])
     seen.clear()
+    checkpoints_at(6)
     with pytest.raises(KeyboardInterrupt):
-        trained(functools.partial(broken_off_at, 7), out=tmp_path, checkpoint_steps=6, **options)
+        trained(functools.partial(broken_off_at, 7), out=tmp_path, **options)
     assert torch.equal(saved_weights(tmp_path), best)
     found, _ = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(found, best) and torch.equal(saved_weights(tmp_path), best) and len(seen) == 4
 
 
-def test_resume_refuses_another_configuration_and_no_checkpoint(tmp_path):
+def test_resume_refuses_another_recipe_another_model_and_no_checkpoint(tmp_path):
     resumed = functools.partial(refusal, trained, steps=2, out=tmp_path, resume=True)
     assert "no checkpoint" in resumed()
-    trained(steps=2, out=tmp_path, config={"lr": 0.1})
-    assert "lr=0.1, not 0.2" in resumed(config={"lr": 0.2})
+    trained(steps=2, out=tmp_path, lr=0.1)
+    assert "lr=0.1, not 0.2" in resumed(lr=0.2)
+    other = tiny_model(codes=2, dim=32)
+    assert "dim=16, not 32" in refusal(train, other, striped_batch, recipe(steps=2, lr=0.1), out=tmp_path, resume=True)
     for training in ({"model": {}}, None):
-        maskgit.save_checkpoint(tmp_path / "model.pt", tiny_model(codes=2), training=training)
+        config = asdict(recipe(steps=2))
+        maskgit.save_checkpoint(tmp_path / "model.pt", tiny_model(codes=2), config=config, training=training)
         assert "no training that fits" in resumed()
 
 
-def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
+def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, checkpoints_at):
     model = tiny_model(codes=2)
 
     def poisoned(step):
@@ -872,16 +915,17 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
             torch.nn.init.constant_(model.embedding.weight, math.nan)
         return striped_batch(step)
 
-    said = refusal(train, model, poisoned, steps=20, log_steps=2, checkpoint_steps=2, out=tmp_path)
+    checkpoints_at(2, 4, 6)
+    said = refusal(train, model, poisoned, recipe(log_rows=10), out=tmp_path)
     assert "no longer finite at step 6" in said
-    for options in ({"steps": 2, "log_steps": 1}, {"steps": 1}):  # the loss still was finite, before the update
+    for options in ({"steps": 2}, {"steps": 1}):  # the loss still was finite, before the update
         said = refusal(trained, lr=math.inf, warmup=0, decay="constant", out=tmp_path, **options)
         assert "no longer finite at step 1;" in said
     assert saved(tmp_path)["step"] == 4 and saved_weights(tmp_path).isfinite().all()
 
 
 def test_bf16_trains_close_to_float32():
-    exact, near = (trained(steps=30, log_steps=30, precision=p)[1][0]["loss"] for p in ("float32", "bf16"))
+    exact, near = (trained(steps=30, log_rows=1, precision=p)[1][0]["loss"] for p in ("float32", "bf16"))
     assert near == pytest.approx(exact, rel=0.05) and near != exact
 
 
@@ -902,9 +946,11 @@ class Malicious:
 
 def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, model = tmp_path / "model.pt", tiny_model()
+    path = tmp_path / "model.pt"
+    model = tiny_model()
     maskgit.save_checkpoint(path, model)
-    whole, contents = path.read_bytes(), torch.load(path)
+    whole = path.read_bytes()
+    contents = torch.load(path)
     weight = whole.index(model.embedding.weight.detach().numpy().tobytes())
     flipped = whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :]
     damaged = [b"", whole[: len(whole) // 2], b"not a checkpoint", flipped]
@@ -923,14 +969,15 @@ def test_cuda_trains_like_the_cpu(precision):
     losses = []
     for device in ("cpu", "cuda"):
         model = tiny_model(codes=2).to(device)
-        losses.append(train(model, striped_batch, steps=20, log_steps=20, precision=precision)[0]["loss"])
+        losses.append(train(model, striped_batch, recipe(log_rows=1, precision=precision))[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("order", ORDERS)
 def test_cuda_decodes(order):
-    model, hidden = tiny_model(codes=2).cuda(), torch.ones(4, 16, dtype=torch.bool, device="cuda")
+    model = tiny_model(codes=2).cuda()
+    hidden = torch.ones(4, 16, dtype=torch.bool, device="cuda")
     options = {"steps": 4, "order": order, "generator": torch.Generator("cuda").manual_seed(0)}
     filled = decode(model, hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
     assert filled.is_cuda and filled.max() < 2
@@ -959,13 +1006,26 @@ print(given_back, min(faults() for _ in range(5)))
     assert kept < given_back / 10
 
 
-def test_seeds_repeat_and_the_cpu_is_a_device():
-    draws = []
-    for _ in range(2):
-        maskgit.seed_everything(3)
-        draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
-    assert draws[0] == draws[1]
+def test_a_seed_makes_a_model_and_the_cpu_is_a_device():
+    first, again, other = (maskgit.Experiment(seed=seed, dim=8, heads=1).new_model(3, "cpu") for seed in (3, 3, 4))
+    assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
     assert maskgit.pick_device("cpu").type == "cpu" and maskgit.pick_device().type in ("cpu", "cuda")
+
+
+def test_settings_become_flags_and_flags_settings():
+    """Those that are given win over a script's defaults, and these over the dataclass's own; all others stay."""
+    parser = maskgit.CommandLine()
+    maskgit.add_flags(parser, maskgit.Experiment, hidden=32, lr=0.5, rotary=False)
+    given = ["--betas", "0.5", "0.25", "--lr", "2", "--mask", "box+half", "--compile", "--rotary", "--loss", "all"]
+    found = maskgit.settings_from(parser.parse_args(given), maskgit.Experiment)
+    expected = dict(betas=(0.5, 0.25), lr=2.0, mask="box+half", compile=True, rotary=True, loss="all", hidden=32)
+    assert asdict(found) == asdict(maskgit.Experiment()) | expected
+    with pytest.raises(TypeError, match="unexpected"):
+        maskgit.add_flags(parser, maskgit.Experiment, learning_rate=1.0)
+    with pytest.raises(TypeError, match="unexpected"):
+        Recipe(learning_rate=1.0)
+    assert Recipe(precision="bf16").on(torch.device("cpu")).precision == "bf16"
+    assert Recipe().on(torch.device("cpu")).precision == maskgit.fast_precision(torch.device("cpu"))
 
 
 def test_image_grid_puts_each_image_in_its_place(tmp_path):
@@ -973,7 +1033,8 @@ def test_image_grid_puts_each_image_in_its_place(tmp_path):
     sheet = np.asarray(maskgit.image_grid(images, 4, scale=5, gap=2))
     assert sheet.shape == (2 * 12 + 2, 4 * 17 + 2, 3)
     for i in range(6):
-        top, left = 2 + i // 4 * 12, 2 + i % 4 * 17
+        top = 2 + i // 4 * 12
+        left = 2 + i % 4 * 17
         assert (sheet[top : top + 10, left : left + 15] == round(i / 10 * 255)).all()
     assert (sheet[:2] == maskgit.FRAME).all() and (sheet[14:, 36:] == maskgit.FRAME).all()
     colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
@@ -1057,13 +1118,13 @@ def test_scores_are_expectations_over_the_posterior():
 
 
 def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
-    settings = argparse.Namespace(grid=8, seed=3, batch_size=50, presentations=2, mask="cosine")
+    settings = train_squares.Squares(seed=3, batch_size=50, presentations=2, mask="cosine")
     batch, again = (train_squares.make_batch(SQUARES, settings) for _ in range(2))
     shown = torch.cat([batch(step)[0] for step in range(126)])  # 6300 images: 25 epochs of 252
     for images, times in ((shown, 50), (shown[:252], 2)):
         assert ((images[:, None] == SQUARES).all(dim=-1).sum(dim=0) == times).all()
     assert all(map(torch.equal, batch(7), again(7))) and not torch.equal(shown[:252], shown[252:504])
-    other = train_squares.make_batch(SQUARES, argparse.Namespace(**vars(settings) | {"seed": 4}))
+    other = train_squares.make_batch(SQUARES, replace(settings, seed=4))
     assert not any(map(torch.equal, batch(7)[:2], other(7)[:2]))
     gamma = [64 * math.cos(math.pi / 2 * i / 50) for i in range(51)]
     for i, hidden in enumerate(batch(7)[1].sum(dim=1).tolist()):
@@ -1073,32 +1134,34 @@ def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
 def test_completions_are_scored_exactly():
     """Three pixels per step, row by row: the product of the images' shares, by counting."""
     prior = train_squares.all_squares(3, 1, 2)
-    n, images = len(prior), prior.tolist()
+    n = len(prior)
+    images = prior.tolist()
     p = np.ones(n)
     for i, known in itertools.product(range(n), (0, 3, 6)):
         agreeing = [image for image in images if image[:known] == images[i][:known]]
         for pixel in range(known, known + 3):
             p[i] *= np.mean([image[pixel] == images[i][pixel] for image in agreeing])
-    options = {"order": lambda step: -step.place.float(), "steps": 3, "schedule": "linear"}
-    nothing = train_squares.completion_inputs(prior)["nothing"]
-    arguments = train_squares.ExactModel(prior), prior, *nothing, "cpu", options
-    result = train_squares.judge(*arguments, 20)
+    options = {"order": lambda state: -state.place.float(), "steps": 3, "schedule": "linear"}
+    judge = functools.partial(
+        train_squares.judge_followed, train_squares.ExactModel(prior), prior, device="cpu", **options
+    )
+    result = judge(*train_squares.completion_inputs(prior)["nothing"])
     assert result["valid"] == pytest.approx(p.sum()) and result["kl"] == pytest.approx(-np.log(p * n).mean())
     assert result["total_variation"] == pytest.approx((np.abs(p - 1 / n).sum() + 1 - p.sum()) / 2)
-    assert result["calls"] == pytest.approx(3) == result["most_calls"] and "draws" not in result
-    left = prior[:1], torch.tensor([[False] + [True] * 8])  # a corner is white: 1x1, or 2x2 with two pixels at once
-    corner = train_squares.judge(*arguments[:2], *left, *arguments[4:], 20)
+    assert result["calls"] == pytest.approx(3) == result["most_calls"]
+    # A corner is white: 1x1, or 2x2 with two pixels at once.
+    corner = judge(prior[:1], torch.tensor([[False] + [True] * 8]))
     assert corner["valid"] == pytest.approx(1 / 4 + 1 / 4) and corner["total_variation"] == pytest.approx(1 / 2)
 
 
 def test_completions_with_the_posteriors_marginals():
-    """The entropy order samples the squares exactly, in few calls. Orders that need drawn numbers are counted."""
-    options = {"order": maskgit.by_entropy}
-    for given, (tokens, mask) in train_squares.completion_inputs(SQUARES).items():
-        result = train_squares.judge(EXACT, SQUARES, tokens, mask, "cpu", options, 20)
+    """The entropy order samples the squares exactly, in few calls."""
+    inputs = train_squares.completion_inputs(SQUARES)
+    for given, start in inputs.items():
+        result = train_squares.judge_followed(EXACT, SQUARES, *start, "cpu", order=maskgit.by_entropy)
         assert result["valid"] == pytest.approx(1) and result["total_variation"] < 1e-6 > result["kl"], given
         assert result["calls"] < 9 and result["most_calls"] <= 20
-    masks = {given: mask for given, (_, mask) in train_squares.completion_inputs(SQUARES).items()}
+    masks = {given: mask for given, (_, mask) in inputs.items()}
     assert (masks["random half"].sum(dim=1) == 32).all() and len(masks["random half"].unique(dim=0)) > 100
     columns = torch.arange(64) % 8
     assert (masks["left half"] == (columns >= 4)).all() and (masks["bottom half"] == (torch.arange(64) < 32)).all()
@@ -1106,44 +1169,55 @@ def test_completions_with_the_posteriors_marginals():
 
 def test_inputs_that_show_the_same_count_as_often_as_there_are():
     """Of the four 1x1 squares on 2x2 the top row is hidden: two show black, where a guess is right by half."""
-    prior, mask = train_squares.all_squares(2, 1, 1), torch.tensor([[True, True, False, False]]).expand(4, 4)
-    judge = functools.partial(train_squares.judge, train_squares.ExactModel(prior), prior, prior, mask, "cpu")
-    order = {"order": lambda step: -step.place.float(), "steps": 1}  # at once: white and white, too
-    counted = {"order": lambda step: 0 * step.values.float(), "steps": 1}
-    for options in (order, counted):
-        result = judge(options, 40000)
-        assert result["valid"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4, abs=0.01)
-        assert result["total_variation"] == pytest.approx((0.5 + 0.5) / 4, abs=0.01)
-    of_heads = math.sqrt(2 / math.pi) * 0.5 / math.sqrt(20000)  # the mean error of their share in so many tosses
-    assert result["exact_sampling"] == pytest.approx((of_heads + of_heads) / 4, rel=0.2) and result["draws"] == 40000
-    result = judge({"order": maskgit.by_entropy}, 20)
+    prior = train_squares.all_squares(2, 1, 1)
+    mask = torch.tensor([[True, True, False, False]]).expand(4, 4)
+    start = train_squares.ExactModel(prior), prior, prior, mask, "cpu"
+    at_once = {"order": lambda state: -state.place.float(), "steps": 1}  # white and white, too
+    followed = train_squares.judge_followed(*start, **at_once)
+    counted = train_squares.judge_counted(*start, 40000, **at_once)
+    for result, error in ((followed, 1e-6), (counted, 0.01)):
+        assert result["valid"] == pytest.approx((0.5 + 0.5 + 1 + 1) / 4, abs=error)
+        assert result["total_variation"] == pytest.approx((0.5 + 0.5) / 4, abs=error)
+        assert result["calls"] == 1 == result["most_calls"]
+    of_heads = math.sqrt(2 / math.pi) * 0.5 / math.sqrt(40000 / 3)  # the mean error of their share in so many tosses
+    assert counted["exact_sampling"] == pytest.approx((of_heads + of_heads) / 4, rel=0.2) and counted["draws"] == 40002
+    result = train_squares.judge_followed(*start, order=maskgit.by_entropy)
     assert result["calls"] == pytest.approx((2 + 2 + 1 + 1) / 4) and result["valid"] == pytest.approx(1)
-    for name in ("confidence", "random"):  # they draw numbers, and so are counted
-        result = judge({"order": train_squares.ORDERS[name]}, 20)
-        assert result["draws"] == 20 and "kl" not in result and result["calls"] == 2 == result["most_calls"]
+    for order, said in ((maskgit.by_confidence, "drawn tokens"), (maskgit.at_random, "draws numbers")):
+        assert said in refusal(train_squares.judge_followed, *start, order=order)
 
 
 def test_samplers_of_the_literature_by_hand():
-    samplers = runpy.run_path(str(HERE / "benchmarks" / "samplers.py"))
     # Entropies of 0.673, 0.0079, 0.611, 0.0010 and 0.500 nats.
     probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
     expected = {"each_below": [[0, 1, 3], [2], [4]], "entropy_bounded": [[1, 3, 4], [2], [0]]}
     expected |= {"margin": [[3], [1], [4], [2], [0]], "threshold": [[1, 3], [4], [2], [0]]}
     expected |= {"klass": [[3], [1], [4], [2], [0]]}  # at first nothing is known to be stable
-    assert {name: committed_first(samplers[name], probabilities) for name in expected} == expected
-    lower = functools.partial(samplers["threshold"], probability=0.75)
+    assert {name: committed_first(getattr(samplers, name), probabilities) for name in expected} == expected
+    lower = functools.partial(samplers.threshold, probability=0.75)
     assert committed_first(lower, probabilities) == [[1, 3, 4], [2], [0]]
-    halton, rolled = (committed_first(order, [[0.5, 0.5]] * 9) for order in ("halton", samplers["rolled_halton"]))
+    orders = samplers.by_halton, samplers.rolled_halton
+    halton, rolled = (committed_first(order, [[0.5, 0.5]] * 9) for order in orders)
     assert rolled != halton and rolled in [halton[start:] + halton[:start] for start in range(9)]
-    trace, (a, b) = [], (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))
-    decode_from_nothing([[0.9, 0.1], [0.5, 0.5]], 20000, order=samplers["moment"], steps=2, trace=trace)
+    trace = []
+    a, b = (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))
+    decode_from_nothing([[0.9, 0.1], [0.5, 0.5]], 20000, order=samplers.moment, steps=2, trace=trace)
     assert (~trace[0][1]).float().mean(dim=0).tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=0.015)
-    explained = samplers["explained"]
-    tokenizer, images = train_rectangles.fit_tokenizer(0), train_rectangles.draw_images
+    tokenizer = train_rectangles.fit_tokenizer(0)
+    images = train_rectangles.paint_rectangles
     tokens = tokenizer.encode(images(train_rectangles.draw_rectangles(6, 1))).reshape(6, 169)
     broken = tokens.copy()
     broken[:, 80] = (broken[:, 80] + 1) % 20
-    assert explained(tokens, tokenizer).mean() > 0.8 and not explained(broken, tokenizer, 300).any()
+    assert samplers.explained(tokens, tokenizer).mean() > 0.8 and not samplers.explained(broken, tokenizer, 300).any()
+
+
+def test_halton_visits_the_quarters_in_turn():
+    coords = grid_coords(8, 8)
+    options = {"coords": coords, "steps": 64, "schedule": "linear"}
+    visited = [token for (token,) in committed_first(samplers.by_halton, [[0.5, 0.5]] * 64, **options)]
+    assert sorted(visited) == list(range(64))
+    # By hand: radical inverses (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9) of a 7 x 7 box.
+    assert coords[visited[:4]].tolist() in ([[0, 0], [x, 2], [2, 5], [5, 1]] for x in (3, 4))
 
 
 def test_presets_carry_the_sources_numbers(monkeypatch):
@@ -1152,7 +1226,7 @@ def test_presets_carry_the_sources_numbers(monkeypatch):
     two = dict(dim=640, hidden=1600, layers=6, heads=8, min_side=1, max_side=4, mask="0.2", steps=300 * 40, lr=0.001)
     for flags, numbers in (("post1", one), ("post2 --lr 0.001", two), ("post2 --steps 7", {"steps": 7})):
         monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *flags.split()])
-        settings = vars(train_squares.parse_arguments())
+        settings = asdict(train_squares.parse_arguments()[1])
         assert numbers == {name: settings[name] for name in numbers}
 
 
@@ -1160,18 +1234,16 @@ def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
     for count in ("TEST_COUNT", "VALIDATION_COUNT"):
         monkeypatch.setattr(train_squares, count, 16)
-    ablation = runpy.run_path(str(HERE / "benchmarks" / "ablation.py"))
-    recipe, variants = ablation["S1_RECIPE"], ablation["variants"]()
-    changed = {name: sum(recipe[key] != value for key, value in v.items()) for name, v in variants.items()}
+    variants = ablation.variants()
+    changed = {name: sum(ablation.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()}
     assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
     assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
     white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
     difference = torch.linspace(-2, 2, 401)[:, None]
     best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
-    assert ablation["cosine_head_limit"](SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
-    ablation["ALIKE"].update(dim=8, layers=1)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--steps", "2", "--json", str(tmp_path / "found.json")])
-    ablation["main"]()
+    assert ablation.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
+    monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, layers=1))
+    assert call(ablation, "--steps", 2, "--json", tmp_path / "found.json") == 0
     runs = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert len(runs) == 3 * 9 and Image.open(tmp_path / "found.png").size == (900, 550)
 
@@ -1209,11 +1281,13 @@ def test_point_samplings():
 
 def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsampled_pixels():
     rng = np.random.default_rng(0)
-    rectangles, points = train_rectangles.draw_rectangles(6, rng, "sparse"), rng.random((6, 5, 2)) * 12
+    rectangles = train_rectangles.draw_rectangles(6, rng, "sparse")
+    points = rng.random((6, 5, 2)) * 12
     exact = train_rectangles.coverage(rectangles, points).reshape(6, 5, 4, 4)
     along = (np.arange(4 * 8192) + 0.5) / 8192
     for i, k in np.ndindex(6, 5):
-        (x0, y0, x1, y1), (x, y) = rectangles[i], points[i, k]
+        x0, y0, x1, y1 = rectangles[i]
+        x, y = points[i, k]
         inside_x = ((x0 < x + along) & (x + along < x1)).reshape(4, 8192).mean(axis=1)
         inside_y = ((y0 < y + along) & (y + along < y1)).reshape(4, 8192).mean(axis=1)
         np.testing.assert_allclose(exact[i, k], np.outer(inside_y, inside_x), atol=3e-4)
@@ -1222,18 +1296,18 @@ def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsample
     for picture, (x0, y0, x1, y1) in zip(large, (rectangles * 16).astype(int), strict=True):
         picture[y0:y1, x0:x1] = 1
     expected = large.reshape(4, 16, 16, 16, 16).mean(axis=(2, 4))
-    np.testing.assert_allclose(train_rectangles.draw_images(rectangles)[..., 0], expected, atol=1e-6)
+    np.testing.assert_allclose(train_rectangles.paint_rectangles(rectangles)[..., 0], expected, atol=1e-6)
 
 
 def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_grids(tokenizer):
     assert tokenizer.centroids.shape == (20, 16) and (tokenizer.patch, tokenizer.stride) == (4, 1)
-    images = train_rectangles.draw_images(train_rectangles.draw_rectangles(100, [0, 0]))
+    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(100, [0, 0]))
     patches = maskgit.image_patches(images, 4, 1).reshape(-1, 16)
     labels = tokenizer.nearest(patches)
     for code, centroid in enumerate(tokenizer.centroids):  # each is the mean of what it stands for
         np.testing.assert_allclose(centroid, patches[labels == code].mean(axis=0), atol=0.05)
     rectangles = train_rectangles.draw_rectangles(50, 1, "sparse")
-    grid = tokenizer.encode(train_rectangles.draw_images(rectangles)).reshape(50, 169)
+    grid = tokenizer.encode(train_rectangles.paint_rectangles(rectangles)).reshape(50, 169)
     assert (tokenizer.nearest(train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)) == grid).all()
     chosen = np.tile([[3.0, 0.0], [12.0, 7.0]], (50, 1, 1))
     assert (tokenizer.nearest(train_rectangles.coverage(rectangles, chosen)) == grid[:, [3, 7 * 13 + 12]]).all()
@@ -1247,21 +1321,21 @@ def test_soft_targets_weigh_codes_by_distance():
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
-    settings = argparse.Namespace(task="sparse", seed=3, batch_size=6, rectangles=None, points=[5], mask="0.2")
-    settings.sampling, settings.fixed_points = "uniform", False
-    first, second = (train_rectangles.make_batch(tokenizer, settings) for _ in range(2))
+    options = train_rectangles.Rectangles(task="sparse", seed=3, batch_size=6, points=(5,), mask="0.2")
+    first, second = (train_rectangles.make_batch(tokenizer, options) for _ in range(2))
     for step in (4, 0):
         assert all((a == b).all() for a, b in zip(first(step), second(step), strict=True))
-    other = train_rectangles.make_batch(tokenizer, argparse.Namespace(**vars(settings) | {"seed": 4}))
+    other = train_rectangles.make_batch(tokenizer, replace(options, seed=4))
     for different in (first(1), other(0)):
         assert not any(map(torch.equal, first(0), different))
-    several = train_rectangles.make_batch(tokenizer, argparse.Namespace(**vars(settings) | {"points": [4, 16]}))
+    several = train_rectangles.make_batch(tokenizer, replace(options, points=(4, 16)))
     counts = [several(step)[0].shape[1] for step in range(200)]
     few = sum(count < 8 for count in counts)  # half of them, on a log scale
     assert {4, 16} < set(counts) <= set(range(4, 17)) and 80 < few < 120
-    settings.rectangles = 2  # of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points
-    for settings.task, settings.fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
-        batch = train_rectangles.make_batch(tokenizer, settings)
+    # Of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points.
+    for task, fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
+        options = replace(options, task=task, rectangles=2, fixed_points=fixed_points)
+        batch = train_rectangles.make_batch(tokenizer, options)
         assert len({str(row) for step in range(5) for row in batch(step)[shown].tolist()}) == 2
 
 
@@ -1279,8 +1353,10 @@ def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_pri
             assert np.abs(next(posterior) - expected).sum() / 2 < 0.1
     # With a single, hidden patch the chain reaches the prior whatever it starts from. Two uniform corners in [0, 16] at
     # least 2 apart are both in [4, 16], on an axis, with the probability (10 / 14)^2; one such axis leaves it empty.
-    truth, points = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1)), np.zeros((40, 1, 2))
-    rng, mask = np.random.default_rng(0), np.ones((40, 1), dtype=bool)
+    truth = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1))
+    points = np.zeros((40, 1, 2))
+    rng = np.random.default_rng(0)
+    mask = np.ones((40, 1), dtype=bool)
     chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, rng, "sparse")
     states = np.concatenate([state.copy() for state, _ in itertools.islice(chain, 1000, 3000, 10)])
     empty = (train_rectangles.coverage(states, points[0]).sum(axis=(1, 2)) == 0).mean()
@@ -1296,7 +1372,8 @@ def test_the_posterior_agrees_with_what_is_visible_and_is_the_limit(task, count,
     assert (test.draws * 16 == np.rint(test.draws * 16)).all() == (task == "grid")
     assert (test.posterior.sum(dim=1) - 1).abs().max() < 1e-5
     monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: test.posterior.log().clamp(min=-50))
-    perfect, codes = train_rectangles.score(None, test), test.tokens[test.mask]
+    perfect = train_rectangles.score(None, test)
+    codes = test.tokens[test.mask]
     assert perfect["cross_entropy"] == pytest.approx(perfect["limit"], rel=1e-5)
     assert perfect["accuracy"] == perfect["posterior_accuracy"]
     assert perfect["commonest"] == pytest.approx(max(np.mean(codes == code) for code in range(20)))
@@ -1310,11 +1387,12 @@ def test_picture_errors_by_hand(tokenizer, monkeypatch):
     assert test.mask.reshape(2, 13, 13).tolist() == [[[True] * 6 + [False] * 7] * 13] * 2
     drawn, likeliest = np.random.default_rng(0).integers(20, size=(2, 2, 169))
     monkeypatch.setattr(train_rectangles, "fill", lambda *_, sample=None: likeliest if sample else drawn)
-    found, errors = train_rectangles.score_pictures(None, test, tokenizer), {}
+    found = train_rectangles.score_pictures(None, test, tokenizer)
+    errors = {}
     posterior = tokenizer.nearest(train_rectangles.coverage(test.draws, train_rectangles.GRID_POINTS))
     filled = {"drawn": drawn, "posterior": posterior, "likeliest": likeliest, "tokenizer": test.tokens}
     for name, tokens in filled.items():
-        difference = tokenizer.decode(tokens.reshape(2, 13, 13)) - train_rectangles.draw_images(test.rectangles)
+        difference = tokenizer.decode(tokens.reshape(2, 13, 13)) - train_rectangles.paint_rectangles(test.rectangles)
         errors[name] = np.abs(difference).mean(axis=(1, 2, 3))
         assert found[name] == pytest.approx(errors[name].mean(), rel=1e-4)
     excess = errors["likeliest"] - errors["tokenizer"]
@@ -1323,18 +1401,20 @@ def test_picture_errors_by_hand(tokenizer, monkeypatch):
 
 def test_hidden_tokens_are_not_shown_to_the_model_that_is_scored(tokenizer):
     test = train_rectangles.make_test("sparse", train_rectangles.draw_rectangles(9, 0), tokenizer)
-    model, (tokens, mask, points) = tiny_model(codes=20), map(torch.from_numpy, (test.tokens, test.mask, test.points))
+    model = tiny_model(codes=20)
+    tokens, mask, points = map(torch.from_numpy, (test.tokens, test.mask, test.points))
     with torch.no_grad():
         expected = model(tokens.masked_fill(mask, 20), points.float()).log_softmax(dim=-1)[mask]
     torch.testing.assert_close(train_rectangles.hidden_log_probs(model, test), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_are_drawn_where_they_lie(tokenizer):
-    cell, brightest = train_rectangles.CELL, tokenizer.centroids.mean(axis=1).argmax()
-    drawn = train_rectangles.draw_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
+def test_patches_are_painted_where_they_lie(tokenizer):
+    cell = train_rectangles.CELL
+    brightest = tokenizer.centroids.mean(axis=1).argmax()
+    drawn = train_rectangles.paint_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
     rows, columns = np.nonzero(drawn != train_rectangles.GREY)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10 * cell, 14 * cell - 1, 6, 6 + 4 * cell - 1)
-    boxed = train_rectangles.draw_boxes(drawn, [(2, 3, 5, 6, (255, 0, 0))])
+    boxed = train_rectangles.paint_boxes(drawn, [(2, 3, 5, 6, (255, 0, 0))])
     assert boxed[3 * cell, 3 * cell].tolist() == boxed[6 * cell - 1, 5 * cell - 1].tolist() == [1, 0, 0]
     assert boxed[6 * cell, 5 * cell].tolist() != [1, 0, 0]
 
@@ -1342,7 +1422,7 @@ def test_patches_are_drawn_where_they_lie(tokenizer):
 # ---------------------------------------------------------------------------------------------------
 # train_squares.py and train_rectangles.py as a user runs them
 
-TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batch-size", "16", "--draws", "20"]
+TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batch-size", "16"]
 TINY += ["--grid", "4", "--max-side", "3", "--device", "cpu", "--precision", "float32"]
 SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch-size", "8", "--steps", "4"]
 SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
@@ -1353,17 +1433,20 @@ POINTS = "6 points, 12 points, 48 points, 96 points"
 @pytest.mark.parametrize(
     ("script", "options", "scored", "printed"),
     [
-        (train_squares, "", "cosine+cosine+half+1, cosine, single, 0.2", "cosine masking, one masked pixel"),
+        (train_squares, "", "cosine+cosine+cosine+half, cosine, single, 0.2", "cosine masking, one masked pixel"),
         (train_rectangles, "", "unseen rectangles, cosine masking, left half hidden", "mean error of a cell"),
         (train_rectangles, "--task sparse", f"unseen rectangles, {POINTS}", "share"),
         (train_rectangles, FIXED, f"unseen rectangles, training rectangles, {POINTS}", "training rectangles"),
     ],
 )
 def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_path, monkeypatch, capsys):
-    out, copy, squares = tmp_path / "run", tmp_path / "new folder" / "figures.json", script is train_squares
+    out = tmp_path / "run"
+    copy = tmp_path / "new folder" / "figures.json"
+    squares = script is train_squares
     arguments = [*(TINY if squares else SMALL), "--steps", "4", *options.split(), "--out", out]
     assert call(script, *arguments, "--json", copy) == 0
-    screen, figures = capsys.readouterr().out, json.loads(copy.read_text())
+    screen = capsys.readouterr().out
+    figures = json.loads(copy.read_text())
     assert all(text in screen for text in [*printed.split(", "), str(out / "samples.png")])
     pictures = ["loss.png", "samples.png"]
     pictures += ["prior.png", "decode.gif"] if squares else ["rectangles.png", "centroids.png"]
@@ -1391,12 +1474,16 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
     assert saved(out)["step"] == 5
 
 
+OFTEN = "import sys, maskgit, {0}; maskgit.CHECKPOINT_SECONDS = 0; maskgit.run_as_script({0}.main)"
+
+
 def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
-    arguments = ["--task", "sparse", *SMALL, "--steps", "200", "--checkpoint-steps", "20", "--dropout", "0.1", "--out"]
-    once, killed = tmp_path / "once", tmp_path / "killed"
+    arguments = ["--task", "sparse", *SMALL, "--steps", "200", "--dropout", "0.1", "--out"]
+    once = tmp_path / "once"
+    killed = tmp_path / "killed"
     assert call(train_rectangles, *arguments, once) == 0
-    script = [sys.executable, HERE / "train_rectangles.py", *arguments, killed]
-    with subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    script = [sys.executable, "-c", OFTEN.format("train_rectangles"), *arguments, killed]
+    with subprocess.Popen(script, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not (killed / "model.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
@@ -1406,42 +1493,49 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
 
 
 def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
-    squares = functools.partial(call, train_squares, "--device", "cpu", "--out", tmp_path)
-    assert squares(*TINY, "--steps", "6") == 0
-    monkeypatch.setattr(train_squares, "ORDERS", {name: train_squares.ORDERS[name] for name in ("entropy", "random")})
-    (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda step: step.log_probs[:, 0]}}")
-    assert squares("--completions", tmp_path / "mine.py", "--draws", "20") == 0
-    rows = json.loads((tmp_path / "completions.json").read_text())["completions"]
-    combinations = {(row["given"], row["order"], row["setting"]) for row in rows}
-    assert len(rows) == len(combinations) == 2 * (5 + 5 + 1)
-    assert all(0 <= row[m]["valid"] <= 1.0001 and row[m]["calls"] <= 64 for row in rows for m in ("exact", "model"))
+    """Of orders, those of a file among them, on both fields; and of S2's remedies."""
+    assert call(train_squares, *TINY, "--steps", 6, "--out", tmp_path / "squares") == 0
+    assert call(train_rectangles, *SMALL, "--out", tmp_path / "grid") == 0
+    monkeypatch.setattr(samplers, "ORDERS", {name: samplers.ORDERS[name] for name in ("entropy", "random")})
+    monkeypatch.setattr(samplers, "GRID_DRAWS", 4)
+    (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda state: state.log_probs[:, 0]}}\nEXACT = {'mine'}")
+    for options, steps in ((["--out", tmp_path / "squares"], 5), (["--grid", "--out", tmp_path / "grid"], 3)):
+        assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
+        figures = json.loads((tmp_path / "found.json").read_text())
+        rows = figures["rows"] if "--grid" in options else figures["completions"]
+        combinations = {(row.get("given", row.get("hidden")), row["order"], row["setting"]) for row in rows}
+        assert len(rows) == len(combinations) == 2 * (5 + steps + 1 + ("--grid" in options))
+        assert "--grid" in options or all("kl" in row["model"] for row in rows if row["order"] != "random")
+    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 32 for row in rows)
+    assert "mine" in capsys.readouterr().out
 
-    assert call(train_rectangles, "--remedies", *SMALL, "--out", tmp_path / "run") == 0
-    runs = json.loads((tmp_path / "run" / "remedies.json").read_text())["runs"]
+    monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
+    small = ["--steps", 4, "--test-images", 8, "--proposals", 10]
+    assert call(remedies, *small, "--json", tmp_path / "remedies.json") == 0
+    runs = json.loads((tmp_path / "remedies.json").read_text())["runs"]
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
     assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
     assert "100 rectangles, no corners" in capsys.readouterr().out
-    for name in ("completions.png", "run/remedies.png"):
+    for name in ("found.png", "remedies.png"):
         Image.open(tmp_path / name).verify()
 
 
 @pytest.mark.parametrize(
     ("message", "squares", "rectangles"),
     [
-        ("is below", "--steps 0, --lr -1, --lr nan, --draws 0", "--soft-targets -1, --rectangles 0, --points 1"),
+        ("it must be", "--steps 0, --lr -1, --lr nan, --dropout 1", "--soft-targets -1, --rectangles 0, --points 1"),
+        ("is below", "", "--proposals 0, --test-images 7"),
         ("takes one number", "", "--points 6 5, --points 5 6 7"),
-        ("is below 0.0, or not below 1.0", "--dropout 1, --on-policy 2", ""),
         ("invalid", "--steps many, --head none, --preset post3", "--task round"),
+        ("unrecognized arguments", "--completions", "--remedies"),
         ("is no mask", "--mask quarter, --mask 1.5", "--mask sideways, --mask 0.2+1.5"),
         ("do not fit a grid of", "--grid 4 --max-side 5, --min-side 4 --max-side 3", ""),
         ("divisible by", "--heads 5, --dim 6 --heads 2", "--dim 18"),
         ("cannot be used", "--device tpu, --device cuda:99", "--device abacus"),
         ("cannot be split", "--accumulate 1000", ""),
-        ("there is no checkpoint", "--resume, --completions", "--resume --out nowhere"),
+        ("there is no checkpoint", "--resume", "--resume --out nowhere"),
         ("Not a directory", "--out file/run", ""),
-        ("gives no dict ORDERS", "--completions file, --completions none.py", ""),
-        ("needs a number of --rectangles", "", "--fixed-points"),
-        ("those of the sparse task", "", "--remedies --task grid"),
+        ("need a number of rectangles", "", "--fixed-points"),
         ("run of another script", "", "--resume --out squares"),
     ],
 )
@@ -1494,7 +1588,8 @@ def test_more_pictures_never_move_one_to_another_part(monkeypatch):
         split = inpaint.open_pictures(None, count, 16, 0)
         return {image.tobytes(): i for i, part in enumerate(split) for image in part}
 
-    few, many = parts(400), parts(600)
+    few = parts(400)
+    many = parts(600)
     assert len(few) == 400 and len(many) == 600 and all(many[image] == part for image, part in few.items())
     shares = np.bincount(list(many.values())) / 600
     assert shares == pytest.approx([0.843, 0.060, 0.097], abs=0.04)
@@ -1517,15 +1612,17 @@ def test_cats_and_holes_depend_on_their_seed_and_number_alone(kind, distinct, lo
 def test_evidence_of_the_visible_pixels_by_loops():
     """Differences between codes are those of a mixture of normal densities; a wholly hidden token knows nothing."""
     rng = np.random.default_rng(0)
-    images, holes = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), np.zeros((2, 8, 8), bool)
-    holes[:, 2:8, 5:8] = holes[1, 4:8, 4:8] = True
+    images = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    holes = np.zeros((2, 8, 8), bool)
+    holes[:, 2:8, 5:8] = True
+    holes[1, 4:8, 4:8] = True
     tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32), 4, 4)
     found = inpaint.pixel_evidence(tokenizer, images, holes).numpy()
     assert found.shape == (2, 4, 5) and np.ptp(found[1, 3]) == 0
-    codes = tokenizer.centroids.reshape(5, 4, 4, 3)
+    centroids = tokenizer.centroids.reshape(5, 4, 4, 3)
     for b in range(2):
         cells = [np.s_[b, y : y + 4, x : x + 4] for y in (0, 4) for x in (0, 4)]
-        squares = [np.square(images[cell] / 255 - codes).sum(axis=3) for cell in cells]  # (5, 4, 4) each
+        squares = [np.square(images[cell] / 255 - centroids).sum(axis=3) for cell in cells]  # (5, 4, 4) each
         visible = [~holes[cell] for cell in cells]
         best = [of_cell.sum(axis=(1, 2)).min() for of_cell, seen in zip(squares, visible, strict=True) if seen.all()]
         count = 3 * np.sum(visible, axis=(1, 2))[:, None]
@@ -1534,7 +1631,8 @@ def test_evidence_of_the_visible_pixels_by_loops():
         densities = [(-distances / noise - count * np.log(2 * np.pi * noise)) / 2 for noise in noises]
         expected = np.logaddexp.reduce(np.array(densities) / 4)
         np.testing.assert_allclose(found[b] - found[b][:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-4)
-    flat, exact = np.full((2, 8, 8, 3), 51, np.uint8), PatchTokenizer(np.full((1, 48), 0.2, np.float32), 4)
+    flat = np.full((2, 8, 8, 3), 51, np.uint8)
+    exact = PatchTokenizer(np.full((1, 48), 0.2, np.float32), 4)
     holes[0] = True  # nothing to measure the noise on, and beside it none
     assert inpaint.pixel_evidence(exact, flat, holes).isfinite().all()
 
@@ -1542,12 +1640,14 @@ def test_evidence_of_the_visible_pixels_by_loops():
 def test_a_membrane_solves_laplaces_equation():
     """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
     rng = np.random.default_rng(0)
-    values, holes = rng.normal(size=(3, 12, 8, 2)), rng.random((3, 12, 8)) < 0.6
+    values = rng.normal(size=(3, 12, 8, 2))
+    holes = rng.random((3, 12, 8)) < 0.6
     holes[2] = True
     found = inpaint.membrane(values, holes, sweeps=400)
     assert (found[~holes] == values[~holes]).all() and (found[2] == 0).all()
     for b in range(2):
-        matrix, known = np.eye(96), np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
+        matrix = np.eye(96)
+        known = np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
         for y, x in zip(*holes[b].nonzero(), strict=True):
             for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
                 neighbour = np.clip(y + dy, 0, 11) * 8 + np.clip(x + dx, 0, 7)
@@ -1564,26 +1664,31 @@ def test_what_is_filled_in_is_shifted_to_join_its_rim():
     """Pictures brighter than their tokens with soft borders by 40, 20, 10: the shift is known from what is visible."""
     rng = np.random.default_rng(0)
     tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32) / 2, 4)
-    codes, holes = rng.integers(5, size=(2, 4, 4)), rng.random((2, 16, 16)) < 0.4
-    decoded, tokens = np.round(tokenizer.decode(codes) * 255), torch.from_numpy(codes).flatten(1)
+    tokens = rng.integers(5, size=(2, 4, 4))
+    holes = rng.random((2, 16, 16)) < 0.4
+    decoded = inpaint.decode_tokens(tokenizer, torch.from_numpy(tokens).flatten(1))
+    by_hand = np.round(tokenizer.decode(tokens) * 255)
     soft = np.eye(16)
     for border in (4, 8, 12):
         soft[border - 1 : border + 1, border - 1 : border + 1] = [[0.8, 0.2], [0.2, 0.8]]
-    images = (np.einsum("yv,xu,bvuc->byxc", soft, soft, decoded) + [40, 20, 10]).astype(np.uint8)
-    filled = inpaint.to_pictures(tokenizer, tokens, np.where(holes[..., None], 0, images), holes, blend=True)
+    images = (np.einsum("yv,xu,bvuc->byxc", soft, soft, by_hand) + [40, 20, 10]).astype(np.uint8)
+    filled = inpaint.into_holes(tokenizer, decoded, inpaint.paste(images, holes, np.uint8(0)), holes, blend=True)
     assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
-    plain = inpaint.to_pictures(tokenizer, tokens, images, holes, blend=False)
-    assert (plain[holes] == decoded[holes]).all() and (plain[~holes] == images[~holes]).all()
+    plain = inpaint.into_holes(tokenizer, decoded, images, holes, blend=False)
+    assert (plain[holes] == by_hand[holes]).all() and (plain[~holes] == images[~holes]).all()
     step = np.tile([0, 0, 1.0, 1], (1, 4, 1))[..., None]
     assert inpaint.soften_borders(step, 2)[0, 0].flatten() == pytest.approx([0, 0.1, 0.9, 1])
 
 
 def test_picture_scores_by_hand():
     """Errors count inside the hole alone: 10 and 20 of 255 in two pictures."""
-    images, holes = np.full((2, 16, 16, 3), 100, np.uint8), np.zeros((2, 16, 16), bool)
+    images = np.full((2, 16, 16, 3), 100, np.uint8)
+    holes = np.zeros((2, 16, 16), bool)
     holes[:, 3:5, 7] = True
     filled = images.copy()
-    filled[0, 3:5, 7], filled[1, 3:5, 7], filled[:, 0, 0] = 110, 80, 0
+    filled[0, 3:5, 7] = 110
+    filled[1, 3:5, 7] = 80
+    filled[:, 0, 0] = 0
     found = inpaint.picture_scores(images, holes, filled)
     assert found["l1"] == pytest.approx(15)
     assert found["psnr"] == pytest.approx((20 * math.log10(25.5) + 20 * math.log10(12.75)) / 2)
@@ -1592,7 +1697,8 @@ def test_picture_scores_by_hand():
 def test_structural_similarity_by_loops():
     x, y = np.random.default_rng(0).integers(0, 256, (2, 2, 13, 12, 3), dtype=np.uint8)
     bell = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
-    window, values = np.outer(bell, bell), []
+    window = np.outer(bell, bell)
+    values = []
     for b, c, top, left in itertools.product(range(2), range(3), range(3), range(2)):
         p, q = (images[b, top : top + 11, left : left + 11, c] / 255 for images in (x, y))
         mp, mq = (np.average(part, weights=window) for part in (p, q))
@@ -1605,16 +1711,18 @@ def test_structural_similarity_by_loops():
 def test_cross_entropy_picture_by_picture(inpaint_run):
     """In more than one batch, weighted by hidden tokens, those with any hole pixel; with and without evidence."""
     checkpoint = saved(inpaint_run)
-    model, tokenizer = checkpoint["model"], checkpoint["tokenizer"]
+    model = checkpoint["model"]
+    tokenizer = checkpoint["tokenizer"]
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(70, 16), "brush", seed=3)
-    plain, informed = [], []
+    plain = []
+    informed = []
     for image, hole in zip(images, holes, strict=True):
-        codes = torch.from_numpy(tokenizer.encode(image[None] / np.float32(255))).flatten()
+        tokens = torch.from_numpy(tokenizer.encode(image[None] / np.float32(255))).flatten()
         mask = torch.tensor([bool(hole[y : y + 4, x : x + 4].any()) for y in range(0, 16, 4) for x in range(0, 16, 4)])
-        logits = model(codes.masked_fill(mask, 16)[None], grid_coords(4, 4)).detach()
+        logits = model(tokens.masked_fill(mask, 16)[None], grid_coords(4, 4)).detach()
         evidence = inpaint.pixel_evidence(tokenizer, image[None], hole[None])
         for found, values in ((plain, logits), (informed, logits + evidence)):
-            found += (-values[0].log_softmax(-1)[range(16), codes])[mask].tolist()
+            found += (-values[0].log_softmax(-1)[range(16), tokens])[mask].tolist()
     # bf16 where the processor has it
     for expected, use in ((plain, False), (informed, True)):
         inputs = inpaint.input_batches(checkpoint, images, holes, use)
@@ -1628,13 +1736,13 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(3, 16), "box", seed=3)
     tokens, mask, coords, _ = inpaint.model_input(checkpoint, images, holes, informed=False)
     logits = checkpoint["model"](tokens.masked_fill(mask, 16), coords).detach().double()
-    options = {"sample": "mean", "evidence": True}
-    found, blended = (inpaint.fill(checkpoint, images, holes, options | {"blend": blend}) for blend in (False, True))
+    ways = (inpaint.Filling(sample="mean", blend=blend) for blend in (False, True))
+    found, blended = (inpaint.fill(checkpoint, images, holes, way) for way in ways)
     for i, t in mask.nonzero().tolist():
         probabilities = logits[i, t].softmax(dim=-1).tolist()
         expected = sum(p * c for p, c in zip(probabilities, checkpoint["tokenizer"].centroids, strict=True))
-        rows, columns = slice(t // 4 * 4, t // 4 * 4 + 4), slice(t % 4 * 4, t % 4 * 4 + 4)
-        error = (found[i, rows, columns] - 255 * expected.reshape(4, 4, 3))[holes[i, rows, columns]]
+        cell = np.s_[i, t // 4 * 4 : t // 4 * 4 + 4, t % 4 * 4 : t % 4 * 4 + 4]
+        error = (found[cell] - 255 * expected.reshape(4, 4, 3))[holes[cell]]
         assert np.abs(error).max() < 2.5  # rounded, and in bf16 where the processor has it
     assert (found[~holes] == images[~holes]).all()
     assert inpaint.picture_scores(images, holes, blended)["psnr"] > inpaint.picture_scores(images, holes, found)["psnr"]
@@ -1644,7 +1752,8 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
 
 
 def test_mean_colour_is_that_of_the_visible_pixels():
-    image, hole = noise_picture(0)[None], np.random.default_rng(1).random((1, 16, 20)) < 0.4
+    image = noise_picture(0)[None]
+    hole = np.random.default_rng(1).random((1, 16, 20)) < 0.4
     found = inpaint.mean_colour(image, hole)
     expected = (image * ~hole[..., None]).sum(axis=(0, 1, 2)) / (~hole).sum()
     assert (found[~hole] == image[~hole]).all()
@@ -1667,7 +1776,8 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     files = "model.pt log.csv metrics.json samples.png reconstruction.png loss.png decode.gif"
     assert {file.name for file in inpaint_run.iterdir()} == set(files.split())
     figures = json.loads((inpaint_run / "metrics.json").read_text())
-    rows, as_set = figures["rows"], figures["as set"]
+    rows = figures["rows"]
+    as_set = figures["as set"]
     assert set(as_set) == {"seen", "brush", "box", "half"}
     assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in [*rows, *as_set.values()])
     psnr = {row["name"]: row["psnr"] for row in rows}
@@ -1680,12 +1790,14 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
 
 def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
     """Broken off, it resumes to the very same weights; finished, it is scored again, with other options."""
+    save = maskgit.save_checkpoint
 
-    def save_and_stop(*arguments, **options):
-        save(*arguments, **options)
-        raise InterruptedError
+    def stop_at_step_2(*arguments, step, **options):
+        save(*arguments, step=step, **options)
+        if step == 2:
+            raise InterruptedError
 
-    save, (cats, once, twice) = maskgit.save_checkpoint, (tmp_path / name for name in ("cats", "once", "twice"))
+    cats, once, twice = (tmp_path / name for name in ("cats", "once", "twice"))
     cats.mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
         Image.fromarray(cat).save(cats / f"{i}.png")
@@ -1693,10 +1805,11 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     assert call(inpaint, *options, once) == 0
     assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(maskgit, "save_checkpoint", save_and_stop)
-        assert call(inpaint, *options, twice, "--checkpoint-steps", 2) == 2
+        patch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(maskgit, "save_checkpoint", stop_at_step_2)
+        assert call(inpaint, *options, twice) == 2
     assert saved(twice)["step"] == 2
-    for change in ([], ["--score-seeds", 2, "--order", "halton"]):
+    for change in ([], ["--score-seeds", 2, "--order", "random"]):
         assert call(inpaint, *options, twice, "--resume", *change) == 0
         assert torch.equal(saved_weights(once), saved_weights(twice))
         assert (saved(once)["tokenizer"].centroids == saved(twice)["tokenizer"].centroids).all()
@@ -1705,13 +1818,10 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     assert "trained with dim=16, not 32" in capsys.readouterr().err
 
 
-def test_ways_to_fill_are_judged(inpaint_run, tmp_path, monkeypatch):
+def test_ways_to_fill_are_judged(inpaint_run, tmp_path):
     """By error and by realism; the true tokens are the best by both."""
-    filling = runpy.run_path(str(HERE / "benchmarks" / "filling.py"))
-    options = ["filling.py", "--checkpoint", str(inpaint_run / "model.pt"), "--ways", "likeliest", "reports"]
-    options += ["--holes", "box", "--pictures", "16", "--observer-steps", "9", "--json", str(tmp_path / "found.json")]
-    monkeypatch.setattr(sys, "argv", options)
-    filling["main"]()
+    options = ["--holes", "box", "--pictures", 16, "--observer-steps", 9, "--json", tmp_path / "found.json"]
+    assert call(filling, "--checkpoint", inpaint_run / "model.pt", "--ways", "likeliest", "reports", *options) == 0
     figures = json.loads((tmp_path / "found.json").read_text())
     rows = {row["way"]: row for row in figures["rows"]}
     studied = [f"reports {schedule}, T={t}" for schedule in ("linear", "cosine", "square") for t in (1, 4, 8, 10, 20)]
@@ -1729,15 +1839,13 @@ def test_training_batches(monkeypatch):
     tokenizer = PatchTokenizer(rng.random((300, 12), dtype=np.float32), 2)
     plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images, images[:, :, ::-1]))
     both = np.concatenate([plain, flipped])
-    assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
-    assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
-    monkeypatch.setattr(maskgit, "train_as_set", lambda settings, codes, batch, device, best_by, **_: (batch, best_by))
-    monkeypatch.setattr(sys, "argv", ["inpaint.py", "--batch-size", "6000", "--size", "8"])
-    settings, split = inpaint.parse_arguments()[0], inpaint.Split(images, images, images)
-    batch, best_by = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
+    assert plain.max() > 255 and (inpaint.encode_training(tokenizer, 300, images, mirror=False) == plain).all()
+    assert (inpaint.encode_training(tokenizer, 300, images, mirror=True) == both).all()
+    recipe = inpaint.Inpainting(batch_size=6000, size=8, patch=2, codes=300)
+    batch = inpaint.make_batch(recipe, tokenizer, images)
     tokens, mask, coords = batch(3)
-    assert best_by == "validation" and mask.shape == (6000, 16) and torch.equal(coords, grid_coords(4, 4))
-    assert {tuple(row) for row in tokens.tolist()} == {tuple(codes.ravel().tolist()) for codes in both}
+    assert mask.shape == (6000, 16) and torch.equal(coords, grid_coords(4, 4))
+    assert {tuple(row) for row in tokens.tolist()} == {tuple(grid.ravel().tolist()) for grid in both}
     assert all(map(torch.equal, batch(3), (tokens, mask, coords))) and not torch.equal(batch(4)[1], mask)
     # One half at random, by the cosine; the other within holes, of which half are whole.
     assert float(mask[:3000].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
@@ -1745,20 +1853,21 @@ def test_training_batches(monkeypatch):
     whole = torch.from_numpy(holes.reshape(-1, 4, 2, 4, 2).any(axis=(2, 4))).flatten(1)
     outside = mask[3000:].float() @ (~whole).float().T  # (3000, 3000): tokens of each row outside each hole
     assert (outside.amin(dim=1) == 0).all()
-    whole, hidden = ({tuple(row) for row in whole.tolist()}, [tuple(row) for row in mask[3000:].tolist()])
+    whole = {tuple(row) for row in whole.tolist()}
+    hidden = [tuple(row) for row in mask[3000:].tolist()]
     assert 0.5 < np.mean([row in whole for row in hidden]) < 0.75 and {sum(row) for row in hidden} >= {*range(1, 9)}
-    settings.batch_size, settings.hole_rows = 1, 0.9  # something is hidden in the smallest batch
-    batch, _ = inpaint.train_model(settings, tokenizer, split, torch.device("cpu"), may_change=())
-    assert all(batch(step)[1].any() for step in range(50))
+    batch = inpaint.make_batch(replace(recipe, batch_size=1, hole_rows=0.9), tokenizer, images)
+    assert all(batch(step)[1].any() for step in range(50)), "something is hidden in the smallest batch"
+    monkeypatch.setattr(maskgit, "train", lambda *_, best_by, **options: best_by)
+    assert inpaint.train_model(recipe, tokenizer, inpaint.Split(*3 * [images]), "cpu")[1] == "validation"
 
 
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["inpaint.py", "--preset", "report"])
-    settings = vars(inpaint.parse_arguments()[0])
-    sizes = {"dim": 768, "heads": 16, "layers": 15, "hidden": 1536, "codes": 1024, "patch": 4, "batch_size": 10}
-    training = {"optimizer": "adamw", "lr": 1e-4, "betas": (0.9, 0.96), "loss": "all", "steps": 120_000}
-    training |= {"hole_rows": 0.0}
-    assert sizes | training == {name: settings[name] for name in sizes | training}
+    numbers = dict(dim=768, heads=16, layers=15, hidden=1536, codes=1024, patch=4, batch_size=10, steps=120_000)
+    numbers |= dict(optimizer="adamw", lr=1e-4, betas=(0.9, 0.96), decay="constant", warmup=0, loss="all", dropout=0.1)
+    expected = inpaint.Inpainting(**numbers, hole_rows=0.0, mirror=False, rotary=False)
+    assert inpaint.parse_arguments()[1:] == (expected, inpaint.Filling())
 
 
 def write_pairs(folder, *pictures):
@@ -1776,10 +1885,14 @@ def write_pairs(folder, *pictures):
     return pairs
 
 
-def filled_pairs(run, folder, *options):
-    """What inpaint.py makes of the folders of write_pairs: {name: picture}."""
-    paths = ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", folder / "out"]
-    assert call(inpaint, "--checkpoint", run / "model.pt", "--device", "cpu", *paths, *options) == 0
+def paths_of(folder, out):
+    """The flags that fill the folders of write_pairs."""
+    return ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", out, "--device", "cpu"]
+
+
+def filled_pairs(run, folder, *options, script=inpaint):
+    """What the model of a run makes of the folders of write_pairs: {name: picture}."""
+    assert call(script, "--checkpoint", run / "model.pt", *paths_of(folder, folder / "out"), *options) == 0
     return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / "out").iterdir())}
 
 
@@ -1812,54 +1925,56 @@ def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
 
 def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
     """By a linear schedule 16 tokens in 5 steps; the pictures show those that are left in grey."""
-    checkpoint, (cat, hole) = saved(inpaint_run), (inpaint.cartoon_cats(1, 16), np.ones((1, 16, 16), bool))
-    options = {"steps": 5, "order": "confidence", "choice_temperature": 1.0, "evidence": False, "blend": False}
-    options["schedule"] = "linear"
-    shown = inpaint.trace_pictures(checkpoint, cat, hole, options)
+    checkpoint = saved(inpaint_run)
+    cats = inpaint.cartoon_cats(1, 16).repeat(2, axis=0)
+    holes = np.ones((2, 16, 16), bool)
+    way = inpaint.Filling(decode_steps=5, schedule="linear", temperature=1.0, evidence=False, blend=False)
+    shown = inpaint.trace_pictures(checkpoint, cats[:1], holes[:1], way)
     grey = [maskgit.image_patches(pictures == 128, 4, 4).all(axis=-1).sum() for pictures in shown]
     assert grey == [12, 9, 6, 3, 0]
     monkeypatch.setattr(inpaint, "AT_ONCE", 1)
-    first, second = inpaint.fill_in_batches(checkpoint, cat.repeat(2, axis=0), hole.repeat(2, axis=0), options)
+    first, second = inpaint.fill_in_batches(checkpoint, cats, holes, way)
     assert (first != second).any()
 
 
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3))
-    images, masks, out = tmp_path / "masked_image", tmp_path / "mask64", tmp_path / "out"
-    folders = damaged, small, fewer, others, empty = [tmp_path / name for name in "abcde"]
-    for folder, source in zip(folders[:4], (images, masks, masks, masks), strict=True):
+    images, masks, out, other = (tmp_path / name for name in ("masked_image", "mask64", "out", "other.pt"))
+    damaged, small, fewer, others, empty = (tmp_path / name for name in "abcde")
+    for folder, source in ((damaged, images), (small, masks), (fewer, masks), (others, masks)):
         shutil.copytree(source, folder)
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
     Image.new("L", (8, 8)).save(small / "mask_001.png")
     (fewer / "mask_001.png").unlink()
     (others / "mask_001.png").rename(others / "mask_007.png")
     empty.mkdir()
-    maskgit.save_checkpoint(other := tmp_path / "other.pt", tiny_model())
-    filling = ["--checkpoint", inpaint_run / "model.pt", "--images", images, "--masks", masks, "--out", out]
+    maskgit.save_checkpoint(other, tiny_model())
+    by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, out)]
     for *arguments, said in [
-        (*filling, "--images", empty, "holds no pictures"),
-        (*filling, "--images", tmp_path / "nothing", "no folder or file"),
-        (*filling, "--images", damaged, "image_001.png cannot be read"),
-        (*filling, "--masks", small, "mask_001.png is 8x8, .*image_001.png is 16x16"),
-        (*filling, "--masks", fewer, "2 pictures, .* 1 masks"),
-        (*filling, "--masks", others, "image_001.png and mask_007.png"),
-        (*filling, "--masks", empty, "holds no pictures"),
-        (*filling, "--out", images, "image_000.png exists"),
-        (*filling, "--checkpoint", other, "no checkpoint of inpaint.py"),
-        (*filling, "--checkpoint", images / "image_000.png", "damaged or no checkpoint"),
-        (*filling, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
+        (*by_run, "--images", empty, "holds no pictures"),
+        (*by_run, "--images", tmp_path / "nothing", "no folder or file"),
+        (*by_run, "--images", damaged, "image_001.png cannot be read"),
+        (*by_run, "--masks", small, "mask_001.png is 8x8, .*image_001.png is 16x16"),
+        (*by_run, "--masks", fewer, "2 pictures, .* 1 masks"),
+        (*by_run, "--masks", others, "image_001.png and mask_007.png"),
+        (*by_run, "--masks", empty, "holds no pictures"),
+        (*by_run, "--out", images, "image_000.png exists"),
+        (*by_run, "--checkpoint", other, "no checkpoint of inpaint.py"),
+        (*by_run, "--checkpoint", images / "image_000.png", "damaged or no checkpoint"),
+        (*by_run, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
         (*TINY_CATS, "--out", out, "--data", empty, "holds no pictures"),
         (*TINY_CATS, "--out", out, "--data", images, "too few"),
         ("--checkpoint", other, "name all three"),
-        ("--size", "30", "is not divisible by"),
-        ("--patch", "0", "0 is below 1"),
+        ("--images", images, "name all three"),
+        (*TINY_CATS, "--out", out, "--size", "30", "is not divisible by"),
+        (*TINY_CATS, "--out", out, "--patch", "0", "patch is 0; it must be at least 1"),
     ]:
-        assert call(inpaint, *arguments, "--device", "cpu") == 2, said
+        assert call(inpaint, *arguments) == 2, said
         assert re.search(f"^error: .*{said}.*\n$", capsys.readouterr().err) and not out.exists(), said
 
 
 # ---------------------------------------------------------------------------------------------------
-# inpaint.py: the reports' VQGAN and transformer
+# extras/vqgan.py: the reports' VQGAN and transformer
 
 LAYERS = {  # kind and channels that come out: 0, 1, 2 ... in the description
     "encoder": "conv 128," + 4 * "res 128," + 2 * "res 256," + "down 256," + 2 * "res 256," + 2 * "res 512,"
@@ -1887,8 +2002,9 @@ def by_its_layers(take, part, x, scale=1):
         weight, bias = (take(f"{at}{name}.gn.{end}", x.shape[1]) for end in ("weight", "bias"))
         return F.group_norm(x, 32, weight, bias, 1e-6)
 
-    for i, (kind, out) in enumerate(layer.split() for layer in LAYERS[part].split(",")):
-        at, out = f"{part}.model.{i}", int(out) // (1 if out == "3" else scale)
+    for i, (kind, channels) in enumerate(layer.split() for layer in LAYERS[part].split(",")):
+        at = f"{part}.model.{i}"
+        out = 3 if channels == "3" else int(channels) // scale
         if kind == "res":
             branch = conv(F.silu(norm(x, ".block.0")), ".block.2", out)
             branch = conv(F.silu(norm(branch, ".block.3")), ".block.5", out)
@@ -1916,7 +2032,7 @@ def random_weights(network):
 
 def test_vqgan_has_the_names_and_shapes_of_its_file():
     with torch.device("meta"):
-        take = Take(inpaint.VQGAN().state_dict())
+        take = Take(vqgan.VQGAN().state_dict())
         assert len(take) == 315 and sum(w.numel() for w in take.values()) == 70_775_299
         assert by_its_layers(take, "encoder", torch.empty(1, 3, 64, 64)).shape == (1, 256, 16, 16)
         assert by_its_layers(take, "decoder", torch.empty(1, 256, 16, 16)).shape == (1, 3, 64, 64)
@@ -1931,23 +2047,26 @@ MOMENTS |= {"filling": [[0.4868, 0.4341, 0.3844], [0.2620, 0.2527, 0.2543]]}
 
 
 @pytest.mark.parametrize("pixels", MOMENTS)
-def test_codes_and_pictures_of_a_vqgan(pixels, monkeypatch):
+def test_tokens_and_pictures_of_a_vqgan(pixels, monkeypatch):
     """A quarter of the channels, one picture at a time: the nearest rows of the codebook, and what they decode to."""
-    monkeypatch.setattr(inpaint, "VQGAN_AT_ONCE", 1)
-    network, images = inpaint.VQGAN(32, pixels), torch.from_numpy(inpaint.cartoon_cats(2, 64)) / 255
-    take, (mean, std) = Take(weights := random_weights(network)), torch.tensor(MOMENTS[pixels])
+    monkeypatch.setattr(vqgan, "AT_ONCE", 1)
+    network = vqgan.VQGAN(32, pixels)
+    images = torch.from_numpy(inpaint.cartoon_cats(2, 64)) / 255
+    state = random_weights(network)
+    take = Take(state)
+    mean, std = torch.tensor(MOMENTS[pixels])
     latents = by_its_layers(take, "encoder", ((images - mean) / std).permute(0, 3, 1, 2), scale=4)
     latents = F.conv2d(latents, take["quant_conv.weight"], take["quant_conv.bias"]).permute(0, 2, 3, 1)
     near = latents.reshape(512, 64)[torch.randperm(512, generator=seeded())].repeat(2, 1)
-    codebook = weights["codebook.embedding.weight"] = near + weights["codebook.embedding.weight"]
-    network.load_state_dict(weights)
-    codes = network.encode(images.numpy())
+    codebook = near + state["codebook.embedding.weight"]
+    network.load_state_dict(state | {"codebook.embedding.weight": codebook})
+    tokens = network.encode(images.numpy())
     distances = (latents.double()[..., None, :] - codebook).square().sum(dim=-1)  # (2, 16, 16, 1024)
-    assert (codes == distances.argmin(dim=-1).numpy()).all() and len(np.unique(codes)) > 100
-    latents = codebook[codes].permute(0, 3, 1, 2)
+    assert (tokens == distances.argmin(dim=-1).numpy()).all() and len(np.unique(tokens)) > 100
+    latents = codebook[tokens].permute(0, 3, 1, 2)
     latents = F.conv2d(latents, take["post_quant_conv.weight"], take["post_quant_conv.bias"])
     expected = (by_its_layers(take, "decoder", latents, scale=4).permute(0, 2, 3, 1) * std + mean).clip(0, 1)
-    np.testing.assert_allclose(network.decode(codes), expected, atol=1e-4)
+    np.testing.assert_allclose(network.decode(tokens), expected, atol=1e-4)
     assert expected.std() > 0.1
 
 
@@ -1976,7 +2095,7 @@ def transformer_by_its_formulas(take, tokens):
 def reports():
     """Random weights of both, by the names in the files; the attention has no bias, since one student's has none."""
     with torch.device("meta"):
-        networks = inpaint.VQGAN(), inpaint.ReportTransformer()
+        networks = [vqgan.VQGAN(), vqgan.ReportTransformer()]
     tokenizer, transformer = map(random_weights, networks)
     transformer = {n: 0 * w if n.endswith("qkv.bias") else w for n, w in transformer.items()}
     return tokenizer, {n.replace("Attention.out", "Attention.proj"): w for n, w in transformer.items()}
@@ -1986,10 +2105,11 @@ def whole_maskgit(tokenizer, transformer):
     return {f"vqgan.{n}": w for n, w in tokenizer.items()} | {f"transformer.{n}": w for n, w in transformer.items()}
 
 
-def with_attention(weights, *names):
+def with_attention(state, *names):
     """With another student's names of query, key and value, in one or three, and of the output."""
-    found, (*inputs, output) = {}, names
-    for n, w in weights.items():
+    *inputs, output = names
+    found = {}
+    for n, w in state.items():
         parts = zip(inputs, w.chunk(len(inputs)), strict=True) if "qkv" in n else [("qkv", w)]
         found |= {n.replace("qkv", each).replace("n.proj", f"n.{output}"): part for each, part in parts}
     return found
@@ -1997,19 +2117,22 @@ def with_attention(weights, *names):
 
 def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path):
     """Bare, under "model", or in a whole MaskGIT: the same tokens."""
-    (vq, weights), mask, coords = reports, random_mask((1, 256), 0.3, seeded()), grid_coords(16, 16)
-    assert len(weights) == 189 and sum(w.numel() for w in weights.values()) == 72_745_472
-    tokens, take = torch.randint(1024, (1, 256), generator=seeded()), Take(weights)
+    tokenizer, state = reports
+    assert len(state) == 189 and sum(w.numel() for w in state.values()) == 72_745_472
+    mask = random_mask((1, 256), 0.3, seeded())
+    coords = grid_coords(16, 16)
+    tokens = torch.randint(1024, (1, 256), generator=seeded())
     hidden = tokens.masked_fill(mask, 1024)
+    take = Take(state)
     logits = transformer_by_its_formulas(take, hidden)[..., :1024]
     assert not take and logits.std() > 0.5
     students = [("q_linear", "k_linear", "v_linear", "out_linear"), ("query", "key", "value", "output_layer")]
-    students = [with_attention(weights, *names) for names in [*students, ("Wq", "Wk", "Wv", "out"), ("to_qkv", "proj")]]
-    students[1] = whole_maskgit(vq, students[1])
+    students = [with_attention(state, *names) for names in [*students, ("Wq", "Wk", "Wv", "out"), ("to_qkv", "proj")]]
+    students[1] = whole_maskgit(tokenizer, students[1])
     students[3] = {"epoch": 3, "model": {n: w for n, w in students[3].items() if not n.endswith("qkv.bias")}}
-    for saved in [weights, *students]:
-        torch.save(saved, tmp_path / "best.pth")
-        model = inpaint.load_transformer(tmp_path / "best.pth", "cpu")
+    for contents in [state, *students]:
+        torch.save(contents, tmp_path / "best.pth")
+        model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
         found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
         assert torch.equal(found, torch.where(mask, logits.argmax(dim=-1), tokens))
     np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
@@ -2017,58 +2140,64 @@ def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path
 
 def test_files_of_anything_else_are_refused(reports, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (vq, weights), three = reports, torch.ones(3)
-    lacking = with_attention(weights, "Wq", "Wk", "Wv", "out")
+    tokenizer, state = reports
+    three = torch.ones(3)
+    lacking = with_attention(state, "Wq", "Wk", "Wv", "out")
     del lacking["blocks.3.Attention.Wk.weight"]
-    torch.save(vq, path := tmp_path / "file.pt")
+    path = tmp_path / "file.pt"
+    torch.save(tokenizer, path)
     whole = path.read_bytes()
-    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
-    vqgan_of, transformer_of = inpaint.load_vqgan, inpaint.load_transformer
-    for load, content, said in [
-        (vqgan_of, b"", "file.pt does not hold the reports' vqgan"),
-        (vqgan_of, whole[:-1000], "not a zip file"),
-        (vqgan_of, flipped, "another checksum"),
-        (vqgan_of, Malicious(), "damaged or asks to run code"),
-        (vqgan_of, [three], "list"),
-        (vqgan_of, weights, "504 keys do not fit: .*'LN.bias'.* 189 keys are "),
-        (vqgan_of, vq | {"discriminator.0.bias": three}, r"'discriminator.0.bias' is \(3,\) where nothing is expected"),
-        (vqgan_of, vq | {"quant_conv.bias": three}, r"'quant_conv.bias' is \(3,\) where \(256,\)"),
-        (vqgan_of, vq | {"quant_conv.bias": torch.full((256,), math.nan)}, "no numbers"),
-        (transformer_of, vq, "no names; its 315 keys are 'encoder.model.0.weight'"),
-        (transformer_of, with_attention(weights, "heads", "proj"), "its attention has heads, proj;"),
-        (transformer_of, weights | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq, proj, qkv;"),
-        (transformer_of, lacking, "'blocks.3.Attention.qkv.weight' is missing"),
-        (transformer_of, weights | {"transformer.bias": three}, "'transformer.bias' is"),
-        (transformer_of, weights | {"model": weights}, "'model' is"),
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 1
+    for part, content, said in [
+        ("vqgan", b"", "file.pt does not hold the reports' vqgan"),
+        ("vqgan", whole[:-1000], "not a zip file"),
+        ("vqgan", bytes(flipped), "another checksum"),
+        ("vqgan", Malicious(), "damaged or asks to run code"),
+        ("vqgan", [three], "list"),
+        ("vqgan", state, "504 keys do not fit: .*'LN.bias'.* 189 keys are "),
+        ("vqgan", tokenizer | {"loss.bias": three}, r"'loss.bias' is \(3,\) where nothing is expected"),
+        ("vqgan", tokenizer | {"quant_conv.bias": three}, r"'quant_conv.bias' is \(3,\) where \(256,\)"),
+        ("vqgan", tokenizer | {"quant_conv.bias": torch.full((256,), math.nan)}, "no numbers"),
+        ("transformer", tokenizer, "no names; its 315 keys are 'encoder.model.0.weight'"),
+        ("transformer", with_attention(state, "heads", "proj"), "its attention has heads, proj;"),
+        ("transformer", state | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq, proj, qkv;"),
+        ("transformer", lacking, "'blocks.3.Attention.qkv.weight' is missing"),
+        ("transformer", state | {"transformer.bias": three}, "'transformer.bias' is"),
+        ("transformer", state | {"model": state}, "'model' is"),
     ]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        load = vqgan.load_vqgan if part == "vqgan" else vqgan.load_transformer
         assert re.search(said, refusal(load, path, "cpu")) and not Path("owned").exists()
 
 
 def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
-    torch.save(whole_maskgit(*reports), whole := tmp_path / "whole.pth")
-    [(image, hole)], fill, seen = write_pairs(tmp_path, (64, 64, 0.3)), inpaint.fill, []
-    monkeypatch.setattr(inpaint, "fill", lambda *args, **options: seen.append(args[0]) or fill(*args, **options))
-    paths = ["--images", tmp_path / "masked_image", "--masks", tmp_path / "mask64", "--out", tmp_path / "out"]
-    options = ["--samples", 2, "--decode-steps", 2, "--device", "cpu"]
-    assert call(inpaint, "--vqgan", whole, "--transformer", whole, *paths, *options) == 0
+    whole = tmp_path / "whole.pth"
+    torch.save(whole_maskgit(*reports), whole)
+    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
+    fill = Mock(wraps=inpaint.fill)
+    monkeypatch.setattr(inpaint, "fill", fill)
+    options = [*paths_of(tmp_path, tmp_path / "out"), "--samples", 2, "--decode-steps", 2]
+    assert call(vqgan, "--vqgan", whole, "--transformer", whole, *options) == 0
     _, first, second = (np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").iterdir()))
     assert all((filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any() for filled in (first, second))
     assert (first != second).any()
-    assert seen[0]["tokenizer"].mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
+    tokenizer = fill.call_args.args[0]["tokenizer"]
+    assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
 
 
 @pytest.fixture
 def small_vqgan(monkeypatch):
-    monkeypatch.setattr(inpaint.VQGAN.__init__, "__defaults__", (32, "training"))
-    network = inpaint.VQGAN()
+    monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
+    network = vqgan.VQGAN()
     network.load_state_dict(random_weights(network))
     return network
 
 
 def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
     """Of two pictures that differ in a hole alone even visible tokens differ, but not those that the model is given."""
-    images, holes = inpaint.cartoon_cats(1, 64).repeat(2, axis=0), np.zeros((2, 64, 64), bool)
+    images = inpaint.cartoon_cats(1, 64).repeat(2, axis=0)
+    holes = np.zeros((2, 64, 64), bool)
     holes[:, 20:44, 20:44] = True
     images[1][holes[1]] = 255 - images[1][holes[1]]
     true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
@@ -2081,41 +2210,46 @@ def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):
     """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights."""
-    monkeypatch.setattr(inpaint, "ways_to_fill", lambda settings: [("as set", inpaint.options_of(settings))])
+    monkeypatch.setattr(inpaint, "ways_to_fill", lambda filling, tokenizer: {"as set": filling})
     monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
-    monkeypatch.setattr(inpaint, "draw_pictures", lambda *_: None)
-    weights, run = small_vqgan.state_dict(), tmp_path / "run"
-    torch.save({f"vqgan.{n}": w for n, w in weights.items()}, file := tmp_path / "VQGAN.pt")
-    torch.save(weights | {"quant_conv.bias": torch.ones(64)}, other := tmp_path / "other.pt")
+    monkeypatch.setattr(inpaint, "paint_pictures", lambda *_: None)
+    state = small_vqgan.state_dict()
+    run, out, file, other = (tmp_path / name for name in ("run", "no", "VQGAN.pt", "other.pt"))
+    torch.save({f"vqgan.{n}": w for n, w in state.items()}, file)
+    torch.save(state | {"quant_conv.bias": torch.ones(64)}, other)
     small = ["--cartoons", 10, "--seed", 30, "--no-mirror", "--test-images", 8, "--device", "cpu", "--out", run]
     small += ["--dim", 16, "--heads", 2, "--layers", 1, "--batch-size", 4, "--steps", 2]
     for resumed in ([], ["--resume"]):
-        assert call(inpaint, "--vqgan", file, *small, *resumed) == 0
-    digest = hashlib.sha256(b"".join(w.numpy() for w in weights.values()))
+        assert call(vqgan, "--vqgan", file, *small, *resumed) == 0
+    digest = hashlib.sha256(b"".join(w.numpy() for w in state.values()))
     assert saved(run)["tokenizer"] is None and saved(run)["config"]["vqgan_sha256"] == digest.hexdigest()
     assert set(json.loads((run / "metrics.json").read_text())["cross_entropy"]) == {"test", "seen"}
     [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
-    [filled] = filled_pairs(run, tmp_path, "--vqgan", file).values()
+    [filled] = filled_pairs(run, tmp_path, "--vqgan", file, script=vqgan).values()
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
-    out = tmp_path / "no"
-    files = ["--images", tmp_path / "masked_image", "--masks", tmp_path / "mask64", "--out", out]
-    filling, k_means = ["--checkpoint", run / "model.pt", *files], ["--checkpoint", inpaint_run / "model.pt"]
     before = (run / "model.pt").read_bytes()
+    files = paths_of(tmp_path, out)
+    by_run = [*files, "--checkpoint", run / "model.pt"]
+    resumed = [*small, "--resume"]
+    of_file = [vqgan, "--vqgan", file]
+    of_other = [vqgan, "--vqgan", other]
     capsys.readouterr()
-    for *arguments, said in [
-        (*filling, "trained with a VQGAN: name its file by --vqgan"),
-        (*small, "--resume", "trained with a VQGAN: name its file by --vqgan"),
-        (*filling, "--vqgan", other, "trained with another VQGAN"),
-        (*filling, *k_means, "--vqgan", file, "trained without a VQGAN: leave out --vqgan"),
-        (*filling, "--vqgan", file, "--evidence", "--evidence needs a centroid in pixels"),
-        (*filling, "--vqgan", file, "--sample", "mean", "--sample mean needs a centroid in pixels"),
-        (*filling, "--vqgan", file, "--transformer", other, "no --checkpoint"),
-        (*files, "--transformer", other, "takes their --vqgan"),
-        (*files, "--vqgan", file, "name all three"),
-        ("--out", out, "--vqgan", file, "--size", 32, "pictures of 64x64"),
+    for script, *arguments, said in [
+        (inpaint, *by_run, "no checkpoint of inpaint.py"),
+        (inpaint, *resumed, "no checkpoint of inpaint.py"),
+        (*of_other, *by_run, "trained with another VQGAN"),
+        (*of_other, *resumed, "trained with another VQGAN"),
+        (*of_file, *by_run, "--checkpoint", inpaint_run / "model.pt", "without a VQGAN: it is for inpaint.py"),
+        (*of_file, *resumed, "--out", inpaint_run, "without a VQGAN: it is for inpaint.py"),
+        (*of_file, *by_run, "--evidence", "--evidence and --sample mean need a centroid in pixels"),
+        (*of_file, *by_run, "--sample", "mean", "--evidence and --sample mean need a centroid in pixels"),
+        (*of_file, *by_run, "--transformer", other, "fill by one of them"),
+        (vqgan, *files, "--transformer", other, "required: --vqgan"),
+        (*of_file, *files, "name all three"),
+        (*of_file, *small, "--out", out, "--size", 32, "pictures of 64x64"),
     ]:
-        assert call(inpaint, *arguments) == 2
-        assert re.fullmatch(f"error: .*{said}.*\n", capsys.readouterr().err)
+        assert call(script, *arguments) == 2, said
+        assert re.fullmatch(f"error: .*{said}.*\n", capsys.readouterr().err), said
     assert not out.exists() and (run / "model.pt").read_bytes() == before
 
 
@@ -2125,7 +2259,7 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatc
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
 PARALLEL = {
-    "train_squares": [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2", "--on-policy", "0.5"],
+    "train_squares": [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
     "train_rectangles": ["--task", "sparse", *SMALL, *ADAMW, "--precision", "float32"],
     "inpaint": [*TINY_CATS, *ADAMW],
 }
@@ -2147,14 +2281,17 @@ def test_two_processes_agree_with_one(script, tmp_path):
 
 STOPS = """
 import os, signal, sys
-from test_maskgit import striped_batch, tiny_model, train
+import maskgit
+from test_maskgit import striped_batch, tiny_model
 
 def batch(step):
     if step == 4 and os.environ.get("RANK") == sys.argv[2]:
         signal.raise_signal(signal.SIGKILL)
     return striped_batch(step)
 
-train(tiny_model(codes=2), batch, steps=8, out=sys.argv[1], checkpoint_steps=2, resume=sys.argv[3:] == ["--resume"])
+maskgit.CHECKPOINT_SECONDS = 0
+recipe = maskgit.Recipe(steps=8, log_rows=1, optimizer="adamw", lr=0.001, precision="float32")
+maskgit.train(tiny_model(codes=2), batch, recipe, out=sys.argv[1], resume=sys.argv[3:] == ["--resume"])
 """
 
 
@@ -2168,6 +2305,7 @@ def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(rank, tmp_pa
     assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode != 0
     assert saved(tmp_path / "two")["step"] == 4
     assert [path.name for path in (tmp_path / "two").iterdir()] == ["model.pt"]
+    monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the script sets it, too: this takes it back in the end
     for name, option in (("one", "--force"), ("two", "--resume")):
         monkeypatch.setattr(sys, "argv", ["stops.py", str(tmp_path / name), "no rank", option])
         runpy.run_path(str(script))
@@ -2205,7 +2343,8 @@ def inception_by_functions(state, x):
         return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
 
     def mixed(block, x, *chains, pool=None):  # without a pool the block halves the image
-        results, shrink = [], {} if pool else {"stride": 2, "padded": False}
+        results = []
+        shrink = {} if pool else {"stride": 2, "padded": False}
         for *stem, end in (chain.split() for chain in chains):
             y = x
             for name in stem:
@@ -2218,7 +2357,8 @@ def inception_by_functions(state, x):
     yield x.mean((2, 3))
     x = F.max_pool2d(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x), padded=False), 3, 2)
     yield x.mean((2, 3))
-    double, sevens = "3x3dbl_1 3x3dbl_2 3x3dbl_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"
+    double = "3x3dbl_1 3x3dbl_2 3x3dbl_3"
+    sevens = "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"
     for block in ("5b", "5c", "5d"):
         x = mixed(block, x, "1x1", "5x5_1 5x5_2", double, pool=mean_of_pixels_there)
     x = mixed("6a", x, "3x3", double)
@@ -2233,7 +2373,8 @@ def inception_by_functions(state, x):
 
 def test_inception_equals_an_independent_network(inception_weights):
     """In the release's 566 names and shapes, by their hash, and in the features of every layer."""
-    state, x = torch.load(inception_weights), torch.rand(2, 3, 299, 299, generator=seeded()) * 2 - 1
+    state = torch.load(inception_weights)
+    x = torch.rand(2, 3, 299, 299, generator=seeded()) * 2 - 1
     shapes = json.dumps({name: list(values.shape) for name, values in state.items()}, sort_keys=True)
     digest = hashlib.sha256(shapes.encode()).hexdigest()
     assert digest == "1932d991bb5cf8808abf9f0ad5ddee2fcd56818e5de76c379f0bcae7edafe563"
@@ -2300,9 +2441,12 @@ def test_frechet_distance_in_whole_numbers(size, rank):
     """Covariances S and T S T, the root of whose product is S T: nothing is rounded, and S has small and large axes."""
     rng = np.random.default_rng(0)
     mu1, mu2 = rng.integers(-9, 10, (2, size))
-    a, b = rng.integers(-3, 4, (size, rank)) * 10 ** (np.arange(rank) % 5), rng.integers(-1, 2, (size, 2))
-    s, t = a @ a.T, b @ b.T + np.eye(size, dtype=int)
-    means, spreads = ((mu1 - mu2) ** 2).sum(), np.trace(s + t @ s @ t - 2 * s @ t)
+    a = rng.integers(-3, 4, (size, rank)) * 10 ** (np.arange(rank) % 5)
+    b = rng.integers(-1, 2, (size, 2))
+    s = a @ a.T
+    t = b @ b.T + np.eye(size, dtype=int)
+    means = ((mu1 - mu2) ** 2).sum()
+    spreads = np.trace(s + t @ s @ t - 2 * s @ t)
     assert fid.frechet_distance(mu1, s, mu2, t @ s @ t) == pytest.approx(means + spreads, rel=1e-12)
     # Features on both sides of the mean, whose covariances are 2 / (2 rank - 1) of those.
     x, y = (np.concatenate([mu + root.T, mu - root.T]) for mu, root in ((mu1, a), (mu2, t @ a)))
@@ -2314,7 +2458,8 @@ def test_frechet_distance_in_whole_numbers(size, rank):
 def test_features_and_covariances_give_the_same_distance(n, m):
     """More images than the 50 dimensions, fewer, and both; and a set is at distance 0 from itself."""
     rng = np.random.default_rng(0)
-    x, y = 5 * rng.standard_normal((n, 50)), rng.standard_normal((m, 50)) @ rng.standard_normal((50, 50)) + 5
+    x = 5 * rng.standard_normal((n, 50))
+    y = rng.standard_normal((m, 50)) @ rng.standard_normal((50, 50)) + 5
     a, b = ((f.mean(axis=0), np.cov(f, rowvar=False)) for f in (x, y))
     found = fid.frechet_distance_from_features(x, y)
     assert found == pytest.approx(fid.frechet_distance(*a, *b), rel=1e-6)
@@ -2324,7 +2469,8 @@ def test_features_and_covariances_give_the_same_distance(n, m):
 
 
 def test_distances_refuse_what_they_cannot_compare():
-    x, eye = np.random.default_rng(0).random((9, 4)), np.eye(4)
+    x = np.random.default_rng(0).random((9, 4))
+    eye = np.eye(4)
     for distance, arguments, reason in [
         (fid.frechet_distance_from_features, (x, x[:, :3]), "features (9, 4) and (9, 3)"),
         (fid.frechet_distance_from_features, (x, x[:1]), "at least 2"),
@@ -2351,7 +2497,8 @@ def test_the_bias_of_small_sets(count):
     x, y = np.random.default_rng(0).standard_normal((2, count, 300)) / np.sqrt(np.arange(1, 301))
     y[:, 0] += 3
     a, b = (fid.statistics_of([f], count) for f in (x, y))
-    bound, bias = fid.bias_at_least(a, b), fid.fid_of(a, b) - 9
+    bound = fid.bias_at_least(a, b)
+    bias = fid.fid_of(a, b) - 9
     assert (0.7 if count > 300 else 0.2) * bias < bound < 1.3 * bias
 
 
@@ -2393,7 +2540,8 @@ def two_folders(tmp_path_factory):
     for lightness, folder in zip((0, 60), folders, strict=True):
         rng = np.random.default_rng(lightness)
         for i, name in enumerate(["RGB.JPG", "L.bmp", "RGBA.png", "CMYK.jpeg", "P.png", "1.tif", "LA.png", "I;16.png"]):
-            pixels, mode = rng.integers(lightness, 200, (20 + i % 2 * 5, 30, 3), dtype=np.uint8), name.split(".")[0]
+            pixels = rng.integers(lightness, 200, (20 + i % 2 * 5, 30, 3), dtype=np.uint8)
+            mode = name.split(".")[0]
             image = Image.fromarray(pixels[..., 0].astype(np.uint16) if mode == "I;16" else pixels)
             image.convert(mode).save(folder / name)
         (folder / "notes.md").write_text("not an image")
@@ -2402,7 +2550,8 @@ def two_folders(tmp_path_factory):
 
 def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     """Images, sizes and modes mixed, against the independent network; and statistics files, as others read them."""
-    features, state = [], torch.load(inception_weights)
+    features = []
+    state = torch.load(inception_weights)
     for folder in two_folders:
         images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.[!m]*"))]
         features.append(next(inception_by_functions(state, fid.network_input(images, "cpu"))).numpy())
@@ -2411,7 +2560,8 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     assert found == expected and kid == pytest.approx(fid.kernel_distance(*features)[0], rel=1e-3)
     assert "8/8 images" in screen and "warning: 8 and 8 images" in screen and "--kid" in screen
     assert call_fid(two_folders[0], two_folders[0])[0][0] < 1e-6
-    a, b = tmp_path / "a.npz", tmp_path / "b.npz"
+    a = tmp_path / "a.npz"
+    b = tmp_path / "b.npz"
     for path, folder in zip((tmp_path / "a", b), two_folders, strict=True):
         call_fid("--save-stats", folder, path)
     assert sorted(tmp_path.iterdir()) == [a, b] and sorted(np.load(a)) == ["mu", "sigma"]
@@ -2482,36 +2632,46 @@ def test_fid_as_a_program(two_folders, inception_weights):
 def test_readme_examples_run_on_a_copy_of_maskgit(whole, tmp_path):
     """Word for word, one after the other, also on a copy that ends before the scripts' part; it saves and resumes."""
     examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2 and len(examples[1].splitlines()) < 10
+    assert len(examples) == 3 and len(examples[2].splitlines()) < 10
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
-    more += [f'train(model, batch, steps={steps}, out="run", resume={steps > 3})' for steps in (3, 5)]
+    more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     source = (HERE / "maskgit.py").read_text()
+    maskgit.save_checkpoint(tmp_path / "runs" / "squares" / "model.pt", tiny_model(codes=2))
     (tmp_path / "maskgit.py").write_text(source if whole else source[: source.index("# For the scripts\n")])
     (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
-    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 2
+    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
 
 
 def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
     readme = (HERE / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    Path("margin.py").write_text(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[1])
+    Path("margin.py").write_text(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[2])
     assert call(train_squares, *TINY, "--steps", "2") == 0
-    monkeypatch.setattr(train_squares, "ORDERS", {"entropy": train_squares.ORDERS["entropy"]})
+    monkeypatch.setattr(samplers, "ORDERS", {"entropy": samplers.ORDERS["entropy"]})
     capsys.readouterr()
-    command = re.search(r"python train_squares.py (--completions .*)", readme)[1]
-    assert call(train_squares, *command.split()) == 0
+    command = re.search(r"python benchmarks/samplers.py (margin.py)", readme)[1]
+    assert call(samplers, *command.split()) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["margin"] * 5
     # 16 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
     assert re.search(r"64 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-2])
 
 
+def test_files_without_orders_are_refused(tmp_path, capsys):
+    wrong = {"text": "in the way", "none": "A = 1", "claim": "ORDERS = {}\nEXACT = {'mine'}"}
+    for name, text in wrong.items():
+        (tmp_path / name).write_text(text)
+        assert call(samplers, tmp_path / name) == 2
+        assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
+
+
 FLAGS = {
-    train_squares: "--preset --completions --draws --head",
-    inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset",
-    train_rectangles: "--task --remedies --rectangles --points --soft-targets --no-rotary",
+    train_squares: "--preset --head --grid --weight-decay --positions",
+    inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --no-blend",
+    train_rectangles: "--task --rectangles --points --soft-targets --no-rotary",
+    vqgan: "--vqgan --transformer --checkpoint --data --preset",
 }
 
 

@@ -280,7 +280,8 @@ def parse_arguments():
     filling = maskgit.settings_from(arguments, inpaint.Filling)
     if arguments.transformer and arguments.checkpoint:
         parser.error("--transformer is the reports', --checkpoint one of this script: fill by one of them")
-    if bool(arguments.transformer or arguments.checkpoint) != bool(arguments.images and arguments.masks):
+    given = [arguments.transformer or arguments.checkpoint, arguments.images, arguments.masks]
+    if any(given) and not all(given):
         parser.error("--transformer or --checkpoint fills --images by their --masks: name all three")
     if filling.evidence or filling.sample == "mean":
         parser.error(
