@@ -635,8 +635,8 @@ def at_own_pace(choice, log_probs, image, had):
 
 
 def setting(default, help, *, choices=None, low=None, below=None):
-    """A field of Settings: its default, what it is, and which values it may have. Scripts make a flag of each, but of
-    those without a help text."""
+    """A field of Settings: its default, what it is, and which values it may have. Scripts make a flag of each that has
+    a help text."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
 
 
@@ -647,9 +647,13 @@ class Settings:
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is not None or type(None) not in get_args(each.type):
-                for one in value if get_origin(each.type) is tuple else [value]:
-                    check_setting(each.name, one, kind_of(each), **each.metadata)
+            kinds = get_args(each.type)  # of a tuple, or of what may be None
+            if get_origin(each.type) is not tuple:
+                value = () if value is None and type(None) in kinds else (value,)
+            elif not isinstance(value, tuple) or (... not in kinds and len(value) != len(kinds)):
+                raise ValueError(f"{each.name} is {value!r}, not of type {each.type}")
+            for one in value:
+                check_setting(each.name, one, kind_of(each), **each.metadata)
 
 
 def kind_of(each):

@@ -674,6 +674,8 @@ REFUSED = [
     ("lr is nan", lambda: Recipe(lr=math.nan)),
     ("lr is None", lambda: Recipe(lr=None)),
     ("betas is 1.0; it must be at least 0.0 and below 1.0", lambda: Recipe(betas=(0.9, 1.0))),
+    (r"betas is \(0.9,\), not of type tuple\[float, float\]", lambda: Recipe(betas=(0.9,))),
+    ("betas is 0.9, not of type tuple", lambda: Recipe(betas=0.9)),
     ("'sideways' is no mask", lambda: maskgit.Experiment(mask="cosine+sideways")),
     ("nothing to plot", lambda: maskgit.line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
 ]
@@ -1524,7 +1526,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     ("message", "squares", "rectangles"),
     [
         ("it must be", "--steps 0, --lr -1, --lr nan, --dropout 1", "--soft-targets -1, --rectangles 0, --points 1"),
-        ("is below", "", "--proposals 0, --test-images 7"),
+        ("is below", "", "--proposals 9, --test-images 7"),
         ("takes one number", "", "--points 6 5, --points 5 6 7"),
         ("invalid", "--steps many, --head none, --preset post3", "--task round"),
         ("unrecognized arguments", "--completions", "--remedies"),

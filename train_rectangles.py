@@ -59,7 +59,7 @@ class Rectangles(maskgit.Experiment):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.points) > 2 or self.points[-1] < self.points[0]:
+        if not 1 <= len(self.points) <= 2 or self.points[-1] < self.points[0]:
             raise ValueError("points takes one number, or the fewest and the most")
         if self.fixed_points and not self.rectangles:
             raise ValueError("fixed points need a number of rectangles")
@@ -416,7 +416,7 @@ def parse_arguments():
     add = parser.add_argument_group("scores").add_argument
     few, many = (200, 3000) if task == "grid" else (1000, 8000)
     add("--test-images", type=maskgit.at_least(8), default=few, help="default %(default)s")
-    add("--proposals", type=maskgit.at_least(1), default=many, help="for each posterior; default %(default)s")
+    add("--proposals", type=maskgit.at_least(10), default=many, help="for each posterior; default %(default)s")
     maskgit.add_flags(parser, Rectangles, **(GRID if task == "grid" else SPARSE))
     arguments = parser.parse_args()
     return arguments, maskgit.settings_from(arguments, Rectangles)
