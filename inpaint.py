@@ -34,8 +34,8 @@ import maskgit
 from maskgit import setting
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-# Where training and validation end in the range of the images' hashes, [0, 1): of the 8,303 distinct photographs of the
-# course they leave 785 for the test, as many as R1 and R2 had (747), and 517 for validation.
+# Where training and validation end in the range of the images' hashes, [0, 1). Of 8,303 distinct photographs they leave
+# 517 for validation and 785 for the test, which is about as many as R1 and R2 had (747).
 PART_ENDS = (0.843, 0.903)
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
 NOISES = 6  # of pixel_evidence; this and the next two by validation pictures
