@@ -2639,6 +2639,8 @@ def test_readme_examples_run_on_a_copy_of_maskgit(whole, tmp_path):
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     source = (HERE / "maskgit.py").read_text()
     maskgit.save_checkpoint(tmp_path / "runs" / "squares" / "model.pt", tiny_model(codes=2))
+    if not whole:
+        more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     (tmp_path / "maskgit.py").write_text(source if whole else source[: source.index("# For the scripts\n")])
     (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
