@@ -1234,8 +1234,8 @@ def test_presets_carry_the_sources_numbers(monkeypatch):
 
 def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
-    for count in ("TEST_COUNT", "VALIDATION_COUNT"):
-        monkeypatch.setattr(train_squares, count, 16)
+    monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 16)
+    monkeypatch.setattr(ablation, "TEST_COUNT", 16)
     variants = ablation.variants()
     changed = {name: sum(ablation.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()}
     assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
@@ -1244,7 +1244,7 @@ def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     difference = torch.linspace(-2, 2, 401)[:, None]
     best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
     assert ablation.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
-    monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, layers=1))
+    monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, layers=1, batch_size=9))
     assert call(ablation, "--steps", 2, "--json", tmp_path / "found.json") == 0
     runs = json.loads((tmp_path / "found.json").read_text())["runs"]
     assert len(runs) == 3 * 9 and Image.open(tmp_path / "found.png").size == (900, 550)
@@ -1500,6 +1500,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     assert call(train_rectangles, *SMALL, "--out", tmp_path / "grid") == 0
     monkeypatch.setattr(samplers, "ORDERS", {name: samplers.ORDERS[name] for name in ("entropy", "random")})
     monkeypatch.setattr(samplers, "GRID_DRAWS", 4)
+    monkeypatch.setattr(samplers, "explained", functools.partial(samplers.explained, proposals=20))
     (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda state: state.log_probs[:, 0]}}\nEXACT = {'mine'}")
     for options, steps in ((["--out", tmp_path / "squares"], 5), (["--grid", "--out", tmp_path / "grid"], 3)):
         assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
@@ -1512,6 +1513,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     assert "mine" in capsys.readouterr().out
 
     monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
+    monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
     small = ["--steps", 4, "--test-images", 8, "--proposals", 10]
     assert call(remedies, *small, "--json", tmp_path / "remedies.json") == 0
     runs = json.loads((tmp_path / "remedies.json").read_text())["runs"]
