@@ -2263,21 +2263,27 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatc
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
 PARALLEL = {
-    "train_squares": [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
-    "train_rectangles": ["--task", "sparse", *SMALL, *ADAMW, "--precision", "float32"],
-    "inpaint": [*TINY_CATS, *ADAMW],
+    train_squares: [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
+    train_rectangles: ["--task", "sparse", *SMALL, *ADAMW, "--precision", "float32"],
+    inpaint: [*TINY_CATS, *ADAMW],
 }
+STARTS = """
+import maskgit, train_squares, {0}
+train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20
+maskgit.run_as_script({0}.main)
+"""
 
 
 @pytest.mark.parametrize("script", PARALLEL)
-def test_two_processes_agree_with_one(script, tmp_path):
+def test_two_processes_agree_with_one(script, tmp_path, capsys):
     """On the same global batch: equal loss and weights, one writer."""
-    command = [str(HERE / f"{script}.py"), *PARALLEL[script], "--out"]
-    options = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True, "timeout": 200}
-    one = subprocess.run([sys.executable, *command, str(tmp_path / "one")], **options)
-    two = subprocess.run([*TORCHRUN, *command, str(tmp_path / "two")], **options)
-    assert two.returncode == one.returncode == 0, two.stderr
-    assert two.stdout.count("pictures:") == one.stdout.count("pictures:") > 0  # no space: two writers may interleave
+    assert call(script, *PARALLEL[script], "--out", tmp_path / "one") == 0
+    (tmp_path / "starts.py").write_text(STARTS.format(script.__name__))
+    command = [*TORCHRUN, str(tmp_path / "starts.py"), *PARALLEL[script], "--out", str(tmp_path / "two")]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0  # two writers may interleave
     torch.testing.assert_close(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), rtol=0, atol=1e-4)
     for column in ("loss", "gradient_norm"):
         assert logged(tmp_path / "two", column) == pytest.approx(logged(tmp_path / "one", column), rel=1e-3)
