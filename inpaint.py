@@ -200,20 +200,9 @@ def colour(values):
 
 def cartoon_cat(rng, size):
     """A cat's face by the numbers of `rng`: uint8 (size, size, 3)."""
-    wall = np.array(WALLS[rng.integers(len(WALLS))])
-    canvas = Image.new("RGB", (256, 256), colour(wall))
+    canvas = Image.new("RGB", (256, 256))
     pen = ImageDraw.Draw(canvas)
-
-    def ellipse(x, y, width, height, fill):
-        pen.ellipse([x - width, y - height, x + width, y + height], fill)
-
-    if rng.random() < 0.4:
-        step = rng.integers(28, 52)
-        for left in range(-step, 256, step):
-            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
-    if rng.random() < 0.5:  # the floor
-        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
-
+    paint_room(pen, rng)
     x, y = 128 + rng.normal(0, 8, 2) + (0, 8)
     width = rng.uniform(70, 92)
     height = rng.uniform(60, 78)
@@ -221,17 +210,45 @@ def cartoon_cat(rng, size):
     dark = colour(fur * 0.72)
     light = colour(fur * 0.4 + np.array([255, 250, 240]) * 0.6)
     pattern = rng.choice(["plain", "tabby", "mask", "patch", "siamese"])
-    ellipse(x, y + 130, width * 1.05, 80, colour(fur * 0.9))  # the body
+    ellipse(pen, x, y + 130, width * 1.05, 80, colour(fur * 0.9))  # the body
+    paint_ears(pen, rng, x, y, width, height, dark if pattern == "siamese" else colour(fur))
+    ellipse(pen, x, y, width, height, colour(fur))
+    paint_pattern(pen, pattern, x, y, width, height, dark, light, colour(second))
+    for side in (-1, 1):  # the muzzle
+        muzzle = dark if pattern == "siamese" else light
+        ellipse(pen, x + side * width * 0.2, y + height * 0.32 + 18, width * 0.26, height * 0.22, muzzle)
+    paint_eyes(pen, rng, x, y, width, height)
+    paint_nose(pen, rng, x, y + height * 0.32, width)
+    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+
+
+def ellipse(pen, x, y, width, height, fill):
+    pen.ellipse([x - width, y - height, x + width, y + height], fill)
+
+
+def paint_room(pen, rng):
+    wall = np.array(WALLS[rng.integers(len(WALLS))])
+    pen.rectangle([0, 0, 256, 256], fill=colour(wall))
+    if rng.random() < 0.4:
+        step = rng.integers(28, 52)
+        for left in range(-step, 256, step):
+            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
+    if rng.random() < 0.5:  # the floor
+        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
+
+
+def paint_ears(pen, rng, x, y, width, height, fill):
     ear = rng.uniform(46, 66)
     lean = rng.choice((0.55, 0.8))
     for side in (-1, 1):
         tip = (x + side * width * (lean + 0.22), y - height * 0.55 - ear)
         outer = [tip, (x + side * width * 0.96, y - height * 0.15), (x + side * width * 0.22, y - height * 0.85)]
         inner = [tuple(0.58 * np.array(corner) + 0.42 * np.mean(outer, axis=0)) for corner in outer]
-        pen.polygon(outer, fill=dark if pattern == "siamese" else colour(fur))
+        pen.polygon(outer, fill=fill)
         pen.polygon(inner, fill=(230, 160, 160))
-    ellipse(x, y, width, height, colour(fur))
 
+
+def paint_pattern(pen, pattern, x, y, width, height, dark, light, second):
     if pattern == "tabby":
         for shift in (-0.24, 0, 0.24):
             pen.line([(x + shift * width, y - height * 0.93), (x + shift * width * 0.8, y - height * 0.5)], dark, 9)
@@ -242,27 +259,30 @@ def cartoon_cat(rng, size):
         cheeks = [(x - width * 0.5, y + height * 0.75), (x + width * 0.5, y + height * 0.75)]
         pen.polygon([(x, y - height * 0.7), *cheeks], light)
     elif pattern == "patch":
-        pen.pieslice([x - width, y - height, x + width, y + height], 265, 20, fill=colour(second))
+        pen.pieslice([x - width, y - height, x + width, y + height], 265, 20, fill=second)
     elif pattern == "siamese":
-        ellipse(x, y + height * 0.2, width * 0.62, height * 0.68, dark)
+        ellipse(pen, x, y + height * 0.2, width * 0.62, height * 0.68, dark)
 
+
+def paint_eyes(pen, rng, x, y, width, height):
     apart = width * rng.uniform(0.42, 0.48)
     level = y - height * rng.uniform(0.05, 0.1)
     radius = rng.uniform(18, 22)
     iris = EYES[rng.integers(len(EYES))]
     slit = rng.choice((0.3, 0.8))
     closed = rng.random() < 0.1
-    nose = y + height * 0.32
-    for side in (-1, 1):
-        ellipse(x + side * width * 0.2, nose + 18, width * 0.26, height * 0.22, dark if pattern == "siamese" else light)
-        centre = x + side * apart
+    for centre in (x - apart, x + apart):
         if closed:
             pen.arc([centre - radius, level - radius, centre + radius, level + radius], 20, 160, (30, 25, 25), 6)
             continue
-        ellipse(centre, level, radius + 3, radius + 1, (30, 25, 25))
-        ellipse(centre, level, radius, radius - 2, iris)
-        ellipse(centre, level, radius * slit * 0.7, radius * 0.85, (15, 12, 12))
-        ellipse(centre - radius * 0.3, level - radius * 0.35, 5, 5, (255, 255, 255))
+        ellipse(pen, centre, level, radius + 3, radius + 1, (30, 25, 25))
+        ellipse(pen, centre, level, radius, radius - 2, iris)
+        ellipse(pen, centre, level, radius * slit * 0.7, radius * 0.85, (15, 12, 12))
+        ellipse(pen, centre - radius * 0.3, level - radius * 0.35, 5, 5, (255, 255, 255))
+
+
+def paint_nose(pen, rng, x, nose, width):
+    """With the mouth and the whiskers."""
     pink = (225, 130, 140) if rng.random() < 0.7 else (70, 50, 50)
     pen.polygon([(x - 12, nose - 7), (x + 12, nose - 7), (x, nose + 8)], fill=pink)
     for side in (-1, 1):
@@ -271,7 +291,6 @@ def cartoon_cat(rng, size):
         for tilt in (-10, 0, 10):
             start = (x + side * width * 0.38, nose + 14 + tilt / 2)
             pen.line([start, (x + side * width * 1.15, nose + 10 + tilt * 1.8)], (250, 250, 250), 3)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
 
 
 # ---------------------------------------------------------------------------------------------------

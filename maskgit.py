@@ -450,10 +450,8 @@ HOLES = {"box": random_box, "half": random_half}
 
 
 def masked_cross_entropy(logits, targets, mask, *, count=None):
-    """Cross-entropy in nats, averaged over the hidden tokens: a scalar. logits (B, T, K), mask (B, T); targets are
-    tokens (B, T), or a distribution for each (B, T, K). count replaces the number of tokens to divide by, so that the
-    parts of a larger batch add up to its mean."""
-    targets = targets.transpose(1, 2) if targets.ndim == 3 else targets
+    """Cross-entropy in nats, averaged over the hidden tokens: a scalar. logits (B, T, K), targets (B, T), mask (B, T).
+    count replaces the number of tokens to divide by, so that the parts of a larger batch add up to its mean."""
     loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     return (loss * mask).sum() / (mask.sum() if count is None else count)
 
@@ -565,15 +563,12 @@ def decode(
         rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished
         if not len(rows):
             break
-        row, place = hidden[rows].nonzero(as_tuple=True)  # their n hidden tokens
-        image = rows[row]
-        logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])[row, place].float()  # (n, K)
+        image, place, logits = hidden_logits(model, tokens, hidden, rows, coords)
         if evidence is not None:
             logits = logits + evidence[image, place]
         log_probs = (logits / temperature).log_softmax(dim=-1)
         if log_probs.isnan().any():
             raise ValueError("the model's logits are no numbers")
-
         had = hidden.sum(dim=1)
         scheduled = (at_start.double() * float(gamma(t / steps))).long() * (t < last_step)
         left = scheduled.minimum(had - 1).clamp(min=0)
@@ -581,11 +576,7 @@ def decode(
         state = Step(log_probs, None, image, place, all_coords, left, t, steps, generator, memory)
         drawn = sample(state)
         choice = order(state._replace(tokens=drawn))
-        for name, returned in (("sample", drawn), ("order", choice)):
-            if returned.shape != place.shape:
-                raise ValueError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
-        if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
-            raise ValueError(f"sample or order made a token that is none of the codes 0 .. {model.mask_id - 1}")
+        check_choice(drawn, choice, place, model.mask_id)
         if choice.dtype == torch.bool:
             commits = at_own_pace(choice, log_probs, image, had) | (t == last_step)
         else:
@@ -614,6 +605,21 @@ def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, tem
         raise ValueError("decode needs a model without dropout: call model.eval() first")
 
 
+def hidden_logits(model, tokens, hidden, rows, coords):
+    """The n hidden tokens of the images `rows` (b,): image (n,), place (n,), and the model's logits (n, K)."""
+    row, place = hidden[rows].nonzero(as_tuple=True)
+    logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])  # (b, T, K)
+    return rows[row], place, logits[row, place].float()
+
+
+def check_choice(drawn, choice, place, codes):
+    for name, returned in (("sample", drawn), ("order", choice)):
+        if returned.shape != place.shape:
+            raise ValueError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
+    if bool(((drawn < 0) | (drawn >= codes)).any()):
+        raise ValueError(f"sample or order made a token that is none of the codes 0 .. {codes - 1}")
+
+
 def all_but_lowest(priority, image, left):
     """All tokens but the `left` (B,) ones of lowest priority (n,) in each image (n,), ascending: bool (n,)."""
     ascending = priority.argsort(stable=True)
@@ -637,7 +643,7 @@ def at_own_pace(choice, log_probs, image, had):
 def setting(default, help, *, choices=None, low=None, below=None):
     """A field of Settings: its default, what it is, and which values it may have. Scripts make a flag of each that has
     a help text."""
-    return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
+    return field(default=default, metadata=dict(help=help, check=dict(choices=choices, low=low, below=below)))
 
 
 @dataclass(frozen=True)
@@ -653,7 +659,7 @@ class Settings:
             elif not isinstance(value, tuple) or (... not in kinds and len(value) != len(kinds)):
                 raise ValueError(f"{each.name} is {value!r}, not of type {each.type}")
             for one in value:
-                check_setting(each.name, one, kind_of(each), **each.metadata)
+                check_setting(each.name, one, kind_of(each), **each.metadata["check"])
 
 
 def kind_of(each):
@@ -661,7 +667,7 @@ def kind_of(each):
     return (get_args(each.type) or (each.type,))[0]
 
 
-def check_setting(name, value, kind, help, choices, low, below):
+def check_setting(name, value, kind, choices, low, below):
     if not isinstance(value, (int, float) if kind is float else kind):
         raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
     if choices:
@@ -704,16 +710,13 @@ def fast_precision(device):
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 
-def train(
-    model, batch, recipe, *, out=None, resume=False, validate=None, best_by=None, tokenizer=None, soft_targets=None
-):
+def train(model, batch, recipe, *, out=None, resume=False, validate=None, best_by=None, tokenizer=None):
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
     batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
     the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
     process takes its share of the rows; recipe.accumulate parts are worked through one after another. The gradient is
-    always that of the mean over all tokens of the batch that count. soft_targets (K, K) holds the distribution to
-    predict in place of each code.
+    always that of the mean over all tokens of the batch that count.
 
     out is a folder for log.csv, to whose rows validate(model) -> dict of floats may add columns, and for model.pt,
     written every two minutes with the tokenizer and the recipe. In the end the model is the last one, or the one whose
@@ -736,10 +739,9 @@ def train(
         torch.manual_seed(step_seed(recipe.seed, run.step, rank))  # dropout, too, depends on the step alone
         tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
         inputs = tokens.masked_fill(mask, model.mask_id)
-        targets = tokens if soft_targets is None else soft_targets.to(device)[tokens]
         counted = torch.ones_like(mask) if recipe.loss == "all" else mask
         with precision_context(device, recipe.precision):
-            loss = backward(network, inputs, targets, counted, coords, recipe.accumulate)
+            loss = backward(network, inputs, tokens, counted, coords, recipe.accumulate)
         run.update(loss)
         if rank == 0:
             run.report(validate, tokenizer)
@@ -1070,7 +1072,7 @@ def add_flags(parser, settings, **defaults):
         if each.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"type": kind_of(each), "choices": each.metadata["choices"]}
+            options |= {"type": kind_of(each), "choices": each.metadata["check"]["choices"]}
         if get_origin(each.type) is tuple:
             options["nargs"] = "+"
         add(f"--{each.name.replace('_', '-')}", **options)

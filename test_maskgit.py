@@ -403,9 +403,6 @@ def test_masked_cross_entropy_by_hand():
     hidden = [math.log(2), math.log(1 + math.exp(-1)), math.log(2)]
     assert maskgit.masked_cross_entropy(logits, targets, mask).item() == pytest.approx(sum(hidden) / 3)
     assert maskgit.masked_cross_entropy(logits, targets, mask, count=7).item() == pytest.approx(sum(hidden) / 7)
-    soft = torch.rand(2, 2, 2, generator=seeded(1)).softmax(dim=-1)
-    expected = -(soft * logits.log_softmax(dim=-1)).sum(dim=-1)[mask].mean()
-    torch.testing.assert_close(maskgit.masked_cross_entropy(logits, soft, mask), expected)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -816,15 +813,6 @@ def test_gradients_are_clipped():
     start = weights(tiny_model(codes=2))
     moves = [(trained(steps=1, warmup=0, clip=c)[0] - start).abs().mean() for c in (math.inf, 1e-9)]
     assert moves[1] < 0.2 * moves[0]  # so small that AdamW's epsilon shows
-
-
-def test_soft_targets_are_what_training_aims_at():
-    models = [tiny_model(codes=2) for _ in range(3)]
-    for model, targets in zip(models, (None, torch.eye(2), torch.ones(2, 2) / 2), strict=True):
-        train(model, striped_batch, recipe(steps=3, warmup=0), soft_targets=targets)
-    hard, sure, even = map(weights, models)
-    torch.testing.assert_close(hard, sure, rtol=0, atol=1e-4)
-    assert (hard - even).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "accumulate": 3}])
@@ -1272,7 +1260,8 @@ def test_rectangles_are_uniform_corners_with_room_between():
 def test_point_samplings():
     rng = np.random.default_rng(0)
     rectangles = train_rectangles.draw_rectangles(300, rng, "sparse")
-    edges, cornerless = (train_rectangles.draw_points(s, rectangles, 8, rng) for s in ("edges", "cornerless"))
+    draws = [remedies.points_without(wrong) for wrong in (remedies.off_edges, remedies.on_corners)]
+    edges, cornerless = (draw("sparse", rectangles, 8, rng) for draw in draws)
     mixed = np.abs(train_rectangles.coverage(rectangles, edges).mean(axis=-1) - 0.5) < 0.5  # neither 0 nor 1
     assert mixed[:, ::2].mean() > 0.99 and mixed[:, 1::2].mean() < 0.7
     for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
@@ -1318,8 +1307,14 @@ def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_gr
 def test_soft_targets_weigh_codes_by_distance():
     centroids = np.array([0.0, 0.3, 2.0])
     weights = np.exp(-(((centroids[:, None] - centroids) / 0.5) ** 2))
-    targets = train_rectangles.soft_targets(PatchTokenizer(centroids[:, None], patch=1), 0.5)
+    targets = remedies.soft_targets(PatchTokenizer(centroids[:, None], patch=1), 0.5)
     np.testing.assert_allclose(targets, weights / weights.sum(axis=1, keepdims=True), atol=1e-6)
+    logits = torch.randn(2, 4, 3, generator=seeded())
+    tokens = torch.randint(3, (2, 4), generator=seeded())
+    mask = random_mask((2, 4), 0.5, seeded())
+    loss = remedies.soft_cross_entropy(targets)(logits, tokens, mask, count=7)
+    by_hand = -sum(targets[tokens[b, t]] @ logits[b, t].log_softmax(dim=-1) for b, t in mask.nonzero().tolist()) / 7
+    torch.testing.assert_close(loss, by_hand)
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
@@ -1428,7 +1423,7 @@ TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batc
 TINY += ["--grid", "4", "--max-side", "3", "--device", "cpu", "--precision", "float32"]
 SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch-size", "8", "--steps", "4"]
 SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
-FIXED = "--task sparse --rectangles 3 --fixed-points --soft-targets 0.5 --sampling edges"
+FIXED = "--task sparse --rectangles 3 --fixed-points"
 POINTS = "6 points, 12 points, 48 points, 96 points"
 
 
@@ -1527,7 +1522,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("message", "squares", "rectangles"),
     [
-        ("it must be", "--steps 0, --lr -1, --lr nan, --dropout 1", "--soft-targets -1, --rectangles 0, --points 1"),
+        ("it must be", "--steps 0, --lr -1, --lr nan, --dropout 1", "--rectangles 0, --points 1"),
         ("is below", "", "--proposals 9, --test-images 7"),
         ("takes one number", "", "--points 6 5, --points 5 6 7"),
         ("invalid", "--steps many, --head none, --preset post3", "--task round"),
@@ -2682,7 +2677,7 @@ def test_files_without_orders_are_refused(tmp_path, capsys):
 FLAGS = {
     train_squares: "--preset --head --grid --weight-decay --positions",
     inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --no-blend",
-    train_rectangles: "--task --rectangles --points --soft-targets --no-rotary",
+    train_rectangles: "--task --rectangles --points --fixed-points --no-rotary",
     vqgan: "--vqgan --transformer --checkpoint --data --preset",
 }
 

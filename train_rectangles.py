@@ -54,8 +54,6 @@ class Rectangles(maskgit.Experiment):
     rectangles: int | None = setting(None, "train on so many (S2: 100); if not given, fresh ones at every step", low=1)
     fixed_points: bool = setting(False, "each of those always with the same points (S2)")
     points: tuple[int, ...] = setting((24,), "of an image: a number, or the fewest and the most for a batch", low=2)
-    sampling: str = setting("uniform", "where the points lie", choices=("uniform", "edges", "cornerless"))
-    soft_targets: float = setting(0.0, "width in which near codes are nearly right", low=0.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,36 +111,21 @@ def fit_tokenizer(seed):
 # Training data, and the exact posterior
 
 
-def draw_points(sampling, rectangles, count, rng):
-    """Top left corners (B, T, 2) of patches inside the image: all of the "grid", or `count` that are "uniform" (S2),
-    "edges" (every other patch crosses an edge of its rectangle) or "cornerless" (no patch contains a corner)."""
-    if sampling == "grid":
+def draw_points(task, rectangles, count, rng):
+    """Top left corners (B, T, 2) of patches inside the image: all of the grid, or `count` that are uniform (S2)."""
+    if task == "grid":
         return np.tile(GRID_POINTS, (len(rectangles), 1, 1))
-    points = rng.random((len(rectangles), count, 2)) * (SIZE - PATCH)
-    for _ in range(100):  # a rectangle as large as the image may leave no patch that would do
-        wrong = np.zeros(points.shape[:2], dtype=bool)
-        if sampling == "edges":
-            covered = coverage(rectangles, points).mean(axis=-1)[:, ::2]
-            wrong[:, ::2] = (covered == 0) | (covered == 1)
-        if sampling == "cornerless":
-            edges = rectangles.reshape(-1, 1, 2, 2)  # (B, 1, lower or upper edge, axis)
-            inside = (points[:, :, None] < edges) & (edges < points[:, :, None] + PATCH)
-            wrong = inside.any(axis=2).all(axis=2)  # an edge on both axes
-        if not wrong.any():
-            break
-        points[wrong] = rng.random((wrong.sum(), 2)) * (SIZE - PATCH)
-    return points
+    return rng.random((len(rectangles), count, 2)) * (SIZE - PATCH)
 
 
-def make_batch(tokenizer, recipe):
+def make_batch(tokenizer, recipe, draw_points=draw_points):
     """batch(step) for train(): fresh rectangles at every step, or so many that are always the same; fresh points, or
     fixed ones of each rectangle; fresh masks in any case."""
-    sampling = "grid" if recipe.task == "grid" else recipe.sampling
     fewest = recipe.points[0]
     most = recipe.points[-1]
     if recipe.rectangles:  # 100 are those of the codebook (S2)
         fixed = draw_rectangles(recipe.rectangles, [recipe.seed, 0])
-        fixed_points = draw_points(sampling, fixed, fewest, np.random.default_rng([recipe.seed, 2]))
+        fixed_points = draw_points(recipe.task, fixed, fewest, np.random.default_rng([recipe.seed, 2]))
 
     def batch(step):
         seed = maskgit.step_seed(recipe.seed, step)
@@ -153,19 +136,13 @@ def make_batch(tokenizer, recipe):
         else:
             rectangles = draw_rectangles(recipe.batch_size, rng, recipe.task)
         count = round(fewest * (most / fewest) ** rng.random())
-        points = fixed_points[rows] if recipe.fixed_points else draw_points(sampling, rectangles, count, rng)
+        points = fixed_points[rows] if recipe.fixed_points else draw_points(recipe.task, rectangles, count, rng)
         tokens = torch.from_numpy(tokenizer.nearest(coverage(rectangles, points)))
-        coords = torch.from_numpy(GRID_POINTS if sampling == "grid" else points).float()
+        coords = torch.from_numpy(GRID_POINTS if recipe.task == "grid" else points).float()
         mask = maskgit.training_mask(tokens.shape, recipe.mask, torch.Generator().manual_seed(seed), coords)
         return tokens, mask, coords
 
     return batch
-
-
-def soft_targets(tokenizer, width):
-    """What to predict in place of each code: all, weighted by exp(-(distance of the centroids / width)^2). (K, K)"""
-    centroids = torch.from_numpy(tokenizer.centroids)
-    return (-(torch.cdist(centroids, centroids) / width).square()).softmax(dim=-1)
 
 
 def posterior_chain(rectangles, points, mask, tokenizer, rng, task):
@@ -209,7 +186,7 @@ def make_test(task, rectangles, tokenizer, *, points=24, mask="0.2", proposals=1
     proposals. mask: a kind of training_mask, or "half" for the patches centred in the left half of the image."""
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
-    points = draw_points("grid" if task == "grid" else "uniform", rectangles, points, rng)
+    points = draw_points(task, rectangles, points, rng)
     tokens = tokenizer.nearest(coverage(rectangles, points))
     left = points[..., 0] + PATCH / 2 < SIZE / 2
     hidden = left if mask == "half" else maskgit.training_mask(tokens.shape, mask, generator).numpy()
@@ -336,7 +313,7 @@ def paint_sparse_samples(model, whole, tokenizer, draws):
 # One run
 
 
-def train_model(recipe, tokenizer, device, **options):
+def train_model(recipe, tokenizer, device, draw_points=draw_points, **options):
     """A trained MaskGIT, and the rows of its log with the cross-entropy on unseen rectangles in each."""
     rectangles = draw_rectangles(VALIDATION_COUNT[recipe.task], VALIDATION_SEED, recipe.task)
     unseen = make_test(recipe.task, rectangles, tokenizer, seed=VALIDATION_SEED)
@@ -345,11 +322,9 @@ def train_model(recipe, tokenizer, device, **options):
     def validate(model):
         return {"unseen": torch.nn.functional.nll_loss(hidden_log_probs(model, unseen), tokens).item()}
 
-    options |= {"tokenizer": tokenizer, "validate": validate}
-    if recipe.soft_targets:
-        options["soft_targets"] = soft_targets(tokenizer, recipe.soft_targets)
     model = recipe.new_model(CODES, device)
-    return model, maskgit.train(model, make_batch(tokenizer, recipe), recipe, **options)
+    batch = make_batch(tokenizer, recipe, draw_points)
+    return model, maskgit.train(model, batch, recipe, tokenizer=tokenizer, validate=validate, **options)
 
 
 def make_tests(recipe, tokenizer, test_images, proposals):
