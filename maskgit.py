@@ -12,6 +12,7 @@ rectangles; R1 and R2 the two course reports on photographs.
 
 import contextlib
 import copy
+import itertools
 import math
 import os
 import sys
@@ -33,6 +34,20 @@ def require_choice(what, value, choices):
     """ValueError unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")
+
+
+def plain(value, name):
+    """A value of plain Python, as a checkpoint can hold it: numbers of numpy and of tensors become Python's. ValueError
+    if there is none."""
+    if isinstance(value, dict):
+        return {plain(key, name): plain(each, f"{name}'s {key}") for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(each, name) for each in value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise ValueError(f"{name} is {value!r} of {type(value)}, which a checkpoint cannot hold")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -59,13 +74,14 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
         raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
     if min(k, restarts, max_iter) < 1:
         raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
-    looked_at = 0
-    distinct = 0
-    while distinct < k and looked_at < len(points):  # no more of them than it takes
-        looked_at = min(len(points), max(2 * k, 2 * looked_at))
-        distinct = len(np.unique(points[:looked_at], axis=0))
-    if distinct < k:
-        raise ValueError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
+    distinct = set()
+    for start in range(0, len(points), 4096):  # no more of them than it takes
+        distinct.update(map(bytes, points[start : start + 4096] + 0.0))  # -0.0 becomes 0.0
+        if len(distinct) >= k:
+            break
+    else:
+        found = f"only {len(distinct)} of the {len(points)} points are distinct"
+        raise ValueError(f"{k} clusters asked for, but {found}")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
             raise ValueError(f"init has shape {np.shape(init)}; {k} of these points have {(k, points.shape[1])}")
@@ -147,8 +163,8 @@ class PatchTokenizer:
 
     def __init__(self, centroids, patch, stride=None):
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
-        self.patch = patch
-        self.stride = stride or patch
+        self.patch = int(patch)
+        self.stride = int(stride or patch)
         self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
         if rest or not 1 <= self.stride <= patch:
             numbers = f"centroids of {self.centroids.shape[1]} numbers"
@@ -327,6 +343,7 @@ class MaskGIT(nn.Module):
             raise ValueError(f"learn_temperature belongs to the cosine head, not to {head!r}")
         self.config = dict(codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout, norm=norm)
         self.config |= dict(head=head, positions=positions, rotary=rotary, learn_temperature=learn_temperature)
+        self.config = plain(self.config, "the model")
         self.mask_id = codes
         self.embedding = nn.Embedding(codes + 1, dim)
         # Rows of length about 1 keep the tied head's first logits small; forward() scales them up again to the size of
@@ -344,7 +361,8 @@ class MaskGIT(nn.Module):
     def forward(self, tokens, coords):
         dim = self.config["dim"]
         positions = position_encoding(coords, dim, self.config["positions"])
-        x = self.embedding(tokens) * math.sqrt(dim) + positions  # (B, T, D)
+        x = self.embedding(tokens) * math.sqrt(dim)  # (B, T, D)
+        x = x + positions.to(x.dtype)
         angles = None
         if self.config["rotary"]:
             angles = rotary_angles(coords, dim // self.config["heads"])  # (T, d / 2) or (B, T, d / 2)
@@ -378,6 +396,9 @@ SCHEDULES = {
 }
 
 
+ROUNDING = 1e-9  # by so much a product may miss the whole number that it is: 0.55 * 100 is 55.00000000000001
+
+
 def random_mask(shape, ratio, generator=None):
     """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool, of shape (B, T). ratio is in [0, 1], one for
     all rows or one for each."""
@@ -385,14 +406,14 @@ def random_mask(shape, ratio, generator=None):
     ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError("the share of hidden tokens must lie between 0 and 1")
-    count = (ratio * tokens).ceil().clamp(min=1)
+    count = (ratio * tokens - ROUNDING).ceil().long().clamp(min=1)
     device = generator.device if generator is not None else "cpu"
     rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
     return rank < count[:, None].to(device)
 
 
 def training_mask(shape, kind, generator=None, coords=None):
-    """Random hidden tokens of a kind: bool, of shape (B, T). A kind is
+    """Random hidden tokens of a kind, at least one in each row: bool, of shape (B, T). A kind is
     a name of SCHEDULES    the share gamma(r) of each row, with r uniform (paper);
     a share, or "single"   such as "0.2" of the tokens, or one of them (S2);
     "box", "half"          of tokens at coords (T, 2) or (B, T, 2), those in the box that two of them span, or those
@@ -438,12 +459,16 @@ def random_box(coords, generator):
 
 
 def random_half(coords, generator):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T)."""
+    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, and where all
+    tokens are in one place it is all of them."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
+    sides = torch.cat([beyond, -beyond], dim=-1) > 0  # (B, T, 4): right, below, left, above
     side = torch.randint(4, (rows, 1, 1), generator=generator).expand(-1, tokens, -1)
-    return torch.cat([beyond, -beyond], dim=-1).gather(2, side)[..., 0] > 0
+    half, across = (sides.gather(2, which)[..., 0] for which in (side, (side + 1) % 4))
+    half = torch.where(half.any(dim=1, keepdim=True), half, across)
+    return half | ~half.any(dim=1, keepdim=True)
 
 
 HOLES = {"box": random_box, "half": random_half}
@@ -533,7 +558,7 @@ def decode(
     """Fill in the hidden tokens, several per step, each step seeing all that is committed so far.
 
     model       MaskGIT in eval mode, or any callable (tokens (b, T), coords) -> logits (b, T, K) with a `mask_id`.
-    tokens      (B, T) int64; what stands where mask is True is ignored.
+    tokens      (B, T) integers; what stands where mask is True is ignored.
     mask        (B, T) bool, True = hidden. All True generates from nothing.
     coords      (T, 2), or (B, T, 2).
     steps       T: the number of network calls, or the most of them for an order with its own pace.
@@ -546,17 +571,17 @@ def decode(
     generator   a torch.Generator on the tokens' device; the same one gives the same tokens.
     trace       a list; each step appends (tokens, mask) as they stand after it, (B, T) both.
 
-    Returns tokens (B, T). Given tokens come back unchanged, a committed token never changes, and after step t image i
-    has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i is its own number at the
+    Returns int64 tokens (B, T). Given ones come back unchanged, a committed one never changes, and after step t image
+    i has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i is its own number at the
     start; by an order with its own pace any number that is smaller than before. After the last step none is left.
     """
     gamma = SCHEDULES.get(schedule, schedule)
     order = ORDERS.get(order, order)
     sample = SAMPLES.get(sample, sample)
-    check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, temperature, stop_after)
-    tokens = tokens.masked_fill(mask, model.mask_id)
+    check_decode_arguments(model, tokens, mask, coords, steps, gamma, order, sample, temperature, stop_after)
+    tokens = tokens.long().masked_fill(mask, model.mask_id)
     hidden = mask.clone()
-    at_start = hidden.sum(dim=1)  # (B,)
+    at_start = hidden.sum(dim=1).tolist()  # B numbers
     last_step = min(steps, stop_after or steps)
     memory = {}
     for t in range(1, last_step + 1):
@@ -570,8 +595,9 @@ def decode(
         if log_probs.isnan().any():
             raise ValueError("the model's logits are no numbers")
         had = hidden.sum(dim=1)
-        scheduled = (at_start.double() * float(gamma(t / steps))).long() * (t < last_step)
-        left = scheduled.minimum(had - 1).clamp(min=0)
+        share = float(gamma(t / steps)) if t < last_step else 0.0
+        scheduled = [math.floor(share * count + ROUNDING) for count in at_start]
+        left = torch.tensor(scheduled, device=had.device).minimum(had - 1).clamp(min=0)
         all_coords = coords.expand(*tokens.shape, 2)
         state = Step(log_probs, None, image, place, all_coords, left, t, steps, generator, memory)
         drawn = sample(state)
@@ -588,7 +614,7 @@ def decode(
     return tokens
 
 
-def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, temperature, stop_after):
+def check_decode_arguments(model, tokens, mask, coords, steps, gamma, order, sample, temperature, stop_after):
     named = {"schedule": (gamma, SCHEDULES), "order": (order, ORDERS), "sample": (sample, SAMPLES)}
     for name, (function, choices) in named.items():
         if not callable(function):
@@ -597,18 +623,34 @@ def check_decode_arguments(model, tokens, mask, steps, gamma, order, sample, tem
         raise ValueError("decode needs steps and stop_after of at least 1")
     if temperature <= 0:
         raise ValueError('decode needs a temperature above 0; for the likeliest token use sample="argmax"')
-    if tokens.shape != mask.shape or mask.dtype != torch.bool:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
-    if bool((tokens[~mask] >= model.mask_id).any()):
-        raise ValueError(f"a given token is {model.mask_id} or more, but the codes are 0 .. {model.mask_id - 1}")
+    check_mask(tokens, mask)
+    check_tokens(tokens[~mask], model.mask_id)
+    if tuple(coords.shape) not in ((tokens.shape[1], 2), (*tokens.shape, 2)):
+        raise ValueError(f"coords are {tuple(coords.shape)}, not (T, 2) or (B, T, 2) of tokens {tuple(tokens.shape)}")
     if getattr(model, "training", False):
         raise ValueError("decode needs a model without dropout: call model.eval() first")
+
+
+def check_mask(tokens, mask):
+    if tokens.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
+
+
+def check_tokens(tokens, codes):
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens are integers, not {tokens.dtype}")
+    if bool(((tokens < 0) | (tokens >= codes)).any()):
+        span = f"{int(tokens.min())} .. {int(tokens.max())}"
+        raise ValueError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
 
 
 def hidden_logits(model, tokens, hidden, rows, coords):
     """The n hidden tokens of the images `rows` (b,): image (n,), place (n,), and the model's logits (n, K)."""
     row, place = hidden[rows].nonzero(as_tuple=True)
     logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])  # (b, T, K)
+    if logits.shape != (*tokens[rows].shape, model.mask_id):
+        expected = (*tokens[rows].shape, model.mask_id)
+        raise ValueError(f"the model's logits are {tuple(logits.shape)}, not {expected}: [MASK] has none")
     return rows[row], place, logits[row, place].float()
 
 
@@ -652,7 +694,8 @@ class Settings:
 
     def __post_init__(self):
         for each in fields(self):
-            value = getattr(self, each.name)
+            value = plain(getattr(self, each.name), each.name)
+            object.__setattr__(self, each.name, value)
             kinds = get_args(each.type)  # of a tuple, or of what may be None
             if get_origin(each.type) is not tuple:
                 value = () if value is None and type(None) in kinds else (value,)
@@ -681,7 +724,7 @@ class Recipe(Settings):
     """How to train: with the model and its batches all that decides the weights in the end."""
 
     steps: int = setting(1000, "updates of the weights", low=1)
-    seed: int = setting(0, "of the first weights, batches and dropout", low=0)
+    seed: int = setting(0, "of the first weights, batches and dropout", low=0, below=2**63)
     accumulate: int = setting(1, "parts in which a batch is worked through", low=1)
     loss: str = setting("masked", "the tokens that count; R1 and R2 have all", choices=("masked", "all"))
     optimizer: str = setting("muon", "of the blocks' matrices; the rest is AdamW's", choices=("muon", "adamw"))
@@ -704,13 +747,16 @@ def fast_precision(device):
     """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
     cuda = device.type == "cuda"
     native = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
+    native &= device.type != "mps"
     return "bf16" if native else "float32"
 
 
 CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 
-def train(model, batch, recipe, *, out=None, resume=False, validate=None, best_by=None, tokenizer=None):
+def train(
+    model, batch, recipe, *, out=None, resume=False, force=False, validate=None, best_by=None, tokenizer=None
+):  # fmt: skip
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
     batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
@@ -718,26 +764,38 @@ def train(model, batch, recipe, *, out=None, resume=False, validate=None, best_b
     process takes its share of the rows; recipe.accumulate parts are worked through one after another. The gradient is
     always that of the mean over all tokens of the batch that count.
 
-    out is a folder for log.csv, to whose rows validate(model) -> dict of floats may add columns, and for model.pt,
+    out is a folder for log.csv, to whose rows validate(model) -> dict of numbers may add columns, and for model.pt,
     written every two minutes with the tokenizer and the recipe. In the end the model is the last one, or the one whose
-    column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe are the same. ValueError if
-    the loss is no longer finite, or if another run writes to the same out. However a run ends, the last checkpoint
-    stays whole.
+    column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe are the same; force starts
+    over where there is one. ValueError if the loss is no longer finite, if a batch hides nothing, or if another run
+    writes to the same out. However a run ends, the last checkpoint stays whole.
     """
     device = next(model.parameters()).device
     rank, world = process_rank()
     recipe = recipe.on(device)
+    network = model
+    model = unwrapped(model)
     run = Run(model, recipe, out, best_by)
+    if out:
+        require_no_run(out, resume, force)
     if resume:
         run.resume(device)
-    network = torch.compile(model) if recipe.compile else model
+    if recipe.compile and network is model:
+        network = torch.compile(model)
+    group = world > 1 and not in_group()
+    if group:
+        start_group(device)
     if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     model.train()
     while run.step < recipe.steps:
         torch.manual_seed(step_seed(recipe.seed, run.step, rank))  # dropout, too, depends on the step alone
-        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in batch(run.step))
+        tokens, mask, coords = batch(run.step)
+        check_mask(tokens, mask)
+        check_tokens(tokens, model.mask_id)
+        if not mask.any():
+            raise ValueError(f"batch({run.step}) hides no token, so there is nothing to learn from")
+        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in (tokens.long(), mask, coords))
         inputs = tokens.masked_fill(mask, model.mask_id)
         counted = torch.ones_like(mask) if recipe.loss == "all" else mask
         with precision_context(device, recipe.precision):
@@ -745,15 +803,40 @@ def train(model, batch, recipe, *, out=None, resume=False, validate=None, best_b
         run.update(loss)
         if rank == 0:
             run.report(validate, tokenizer)
-    if world > 1:
-        # Destroying the group holds the interpreter's lock, which Gloo's threads need once more for what is under way;
-        # there is nothing to wait for that would say that they are done.
+    if group:
+        # Destroying it holds the interpreter's lock, which Gloo's threads need once more for what is under way; there
+        # is nothing to wait for that would say that they are done.
         time.sleep(0.5)
         del network
         torch.distributed.destroy_process_group()
     model.load_state_dict((run.best or model).state_dict())
     model.eval()
     return run.history
+
+
+def unwrapped(model):
+    """The model itself, without the wrapper of torch.compile; ValueError if it is in another one."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "module"):
+        raise ValueError(f"{type(model).__name__} wraps a model: give its .module; torchrun starts several processes")
+    return model
+
+
+def in_group():
+    """Whether processes have been told of each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+GROUPS = itertools.count()
+
+
+def start_group(device):
+    """Let the processes that torchrun started find each other, each time under a name of its own: the addresses of an
+    earlier group are still there."""
+    store, rank, world = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def backward(network, inputs, targets, counted, coords, accumulate):
@@ -851,15 +934,23 @@ class Run:
         row |= dict(gradient_norm=float(self.gradient_norm))
         if validate:
             with torch.no_grad():
-                row |= validate(self.model.eval())
+                figures = validate(self.model.eval())
             self.model.train()
+            row |= validated(figures, row, self.best_by)
         self.history.append(row)
         self.loss_sum = 0.0
-        if self.best_by and row[self.best_by] <= min(past[self.best_by] for past in self.history):
+        if self.best_by and row.get(self.best_by, math.nan) <= self.lowest():
             self.best = copy.deepcopy(self.model)
         if self.path:
-            lines = [",".join(row), *(",".join(map(str, past.values())) for past in self.history)]
-            self.path.with_name("log.csv").write_text("\n".join(lines) + "\n")
+            columns = list(dict.fromkeys(name for past in self.history for name in past))
+            lines = [columns, *([past.get(name, "") for name in columns] for past in self.history)]
+            with whole_file(self.path.with_name("log.csv")) as file:
+                file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+
+    def lowest(self):
+        """The lowest of the column `best_by` so far; inf if there is no number in it."""
+        figures = [row.get(self.best_by, math.nan) for row in self.history]
+        return min((figure for figure in figures if not math.isnan(figure)), default=math.inf)
 
     def written(self):
         """When the checkpoint was written, in seconds; -inf if there is none."""
@@ -895,8 +986,20 @@ class Run:
                 part.load_state_dict(state)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} holds no training that fits this run: {error}".splitlines()[0]) from None
-        self.best = checkpoint["model"] if self.best_by and self.history else None
+        self.best = checkpoint["model"] if self.best_by and self.lowest() < math.inf else None
         self.started -= self.seconds
+
+
+def validated(figures, row, best_by):
+    """The figures as numbers; ValueError if they are none, share a name with the row's own, or lack `best_by`."""
+    if taken := figures.keys() & row.keys():
+        raise ValueError(f"validate gives {', '.join(map(repr, sorted(taken)))}, which log.csv has already")
+    if best_by and best_by not in figures:
+        raise ValueError(f"validate gives no {best_by!r} to choose the best model by, but {', '.join(figures)}")
+    try:
+        return {name: float(value) for name, value in figures.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"validate must give numbers: {error}".splitlines()[0]) from None
 
 
 def make_optimizers(model, recipe):
@@ -940,27 +1043,46 @@ def precision_context(device, precision):
 
 
 def process_rank():
-    """(rank, number of processes) as torchrun says; (0, 1) without it."""
+    """(rank, number of processes) of the group there is, or as torchrun says; (0, 1) without either."""
+    if in_group():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
-    """Write model.pt whole or not at all: to a temporary file beside it, which then takes its name."""
+def require_no_run(out, resume, force):
+    """ValueError if a run would overwrite the one in its folder."""
+    if Path(out, "model.pt").exists() and not (resume or force):
+        holds = f"{out} holds a run already"
+        raise ValueError(f"{holds}: resume goes on with it, force starts over, another out keeps both")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write to that takes its name once it is whole: until then a temporary one beside it has what is
+    written, and nothing is left of that if it fails."""
     path = Path(path)
     partial = Path(f"{path}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    contents = dict(architecture=model.config, weights=model.state_dict(), config=config, step=step, training=training)
-    if tokenizer:
-        centroids = torch.from_numpy(tokenizer.centroids)
-        contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
     try:
         with open(partial, "wb") as file:
-            torch.save(contents, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
+    """Write model.pt, whole or not at all; ValueError if the config has more than plain values."""
+    model = unwrapped(model)
+    contents = dict(architecture=model.config, weights=model.state_dict(), config=plain(config, "config"))
+    contents |= dict(step=plain(step, "step"), training=training)
+    if tokenizer:
+        centroids = torch.from_numpy(tokenizer.centroids)
+        contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
+    with whole_file(path) as file:
+        torch.save(contents, file)
 
 
 def read_tensors(path, device):
@@ -1038,7 +1160,8 @@ class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
 
     def __init__(self, description=None, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        options |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=description, **options)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -1053,12 +1176,14 @@ def value_of(flag, default=None):
 
 def add_run_flags(parser, out):
     """The flags of every script's run that do not touch its weights."""
-    add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
-    add("--json", type=Path, help="write the figures to this file as well")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--force", action="store_true", help="start over in a folder that holds a run")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--out", type=named, default=Path(out), help="folder of the run, default %(default)s")
+    add("--json", type=named, help="write the figures to this file as well")
+    either = group.add_mutually_exclusive_group().add_argument
+    either("--resume", action="store_true", help="go on with the run in --out")
+    either("--force", action="store_true", help="start over in a folder that holds a run")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or (not tested) mps")
 
 
 def add_flags(parser, settings, **defaults):
@@ -1084,6 +1209,13 @@ def settings_from(arguments, settings):
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def named(text):
+    """An argparse type: a path; an empty one, such as that of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a name is empty")
+    return Path(text)
+
+
 def at_least(low):
     """An argparse type: an integer that is not below `low`."""
 
@@ -1096,8 +1228,8 @@ def at_least(low):
 
 
 def run_as_script(main):
-    """Call main(). Bad input (ValueError, OSError) ends in one line on stderr and exit code 2, Ctrl-C in 130. Of
-    several processes the first alone writes to the screen."""
+    """Call main(). Bad input (ValueError, OSError) and too little memory end in one line on stderr and exit code 2,
+    Ctrl-C in 130. Of several processes the first alone writes to the screen."""
     keep_freed_memory()
     if process_rank()[0] > 0:
         sys.stdout = None  # print() then does nothing
@@ -1105,6 +1237,11 @@ def run_as_script(main):
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"error: not enough memory: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
@@ -1121,7 +1258,7 @@ def keep_freed_memory():
 
 
 def pick_device(name="auto"):
-    """The torch.device for "auto" (CUDA where there is one, else CPU), "cpu", "cuda" or "cuda:N"."""
+    """The torch.device for "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:N" or "mps"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
@@ -1133,9 +1270,7 @@ def pick_device(name="auto"):
 
 def open_run(arguments):
     """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
-    if (arguments.out / "model.pt").exists() and not (arguments.resume or arguments.force):
-        holds = f"{arguments.out} holds a run already"
-        raise ValueError(f"{holds}: --resume goes on with it, --force starts over, --out renames")
+    require_no_run(arguments.out, arguments.resume, arguments.force)
     return pick_device(arguments.device)
 
 
@@ -1159,11 +1294,11 @@ def run_record():
 
 def write_figures(record, settings, figures, *paths):
     """The figures, the settings (a dict) and where they come from, as JSON to each of the paths that is not None."""
-    plain = {name: str(value) if value == math.inf else value for name, value in settings.items()}
-    text = json.dumps({**record, "settings": plain, **figures}, indent=1, default=str) + "\n"
+    settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    text = json.dumps({**record, "settings": settings, **figures}, indent=1, default=str) + "\n"
     for path in filter(None, paths):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with whole_file(path) as file:
+            file.write(text.encode())
 
 
 def print_table(head, rows):

@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fid
 import inpaint
@@ -358,6 +359,8 @@ def test_masks_hide_exact_counts_and_every_token_equally_often():
     mask = random_mask((5, 64), torch.tensor([0.0, 0.01, 0.2, 0.5, 1.0]), seeded())
     assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [1, 1, 13, 32, 64]
     assert random_mask((3, 10), 0.25, seeded()).sum(dim=1).tolist() == [3, 3, 3]
+    for ratio, tokens, count in ((0.55, 100, 55), (0.07, 100, 7), (0.14, 50, 7), (0.5500001, 100, 56)):
+        assert int(random_mask((1, tokens), ratio).sum()) == count, "products of floats are rounded before they rise"
     assert torch.equal(*(random_mask((3, 10), 0.25, seeded(1)) for _ in range(2)))
     assert training_mask((6, 100), "0.2+single+linear", seeded()).sum(dim=1)[:4].tolist() == [20, 20, 1, 1]
     frequency = random_mask((20000, 8), 0.25, seeded()).float().mean(dim=0)
@@ -383,6 +386,15 @@ def test_training_masks_are_the_boxes_of_two_tokens_and_the_halves():
     for hidden, at in zip(mask[25:], points[25:], strict=True):
         inside = (at[hidden].amin(dim=0) <= at) & (at <= at[hidden].amax(dim=0))
         assert hidden.any() and torch.equal(hidden, inside.all(dim=1))
+
+
+@pytest.mark.parametrize("coords", [grid_coords(1, 16), grid_coords(16, 1).long(), torch.zeros(16, 2)])
+def test_training_masks_always_hide_something(coords):
+    """A line has two halves, a single place one."""
+    rows = [(8 * [True], 8 * [False]), (8 * [False], 8 * [True])] if coords.any() else [(8 * [True], 8 * [True])]
+    found = set(map(tuple, training_mask((200, 16), "half", seeded(), coords).tolist()))
+    assert found == {(*a, *b) for a, b in rows}
+    assert training_mask((200, 16), "box", seeded(), coords).any(dim=1).all()
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
@@ -464,6 +476,44 @@ def test_decode_keeps_its_promises(order, schedule, sample, steps):
         before = now
         had = left
     assert len(trace) <= steps and not trace[-1][1].any()
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(100, 100), (50, 100), (29, 29)])
+def test_a_linear_schedule_takes_as_many_each_time(steps, tokens):
+    """Though 0.29 * 100 is 28.999999999999996: and no call is left out."""
+    trace = []
+    decode_from_nothing([[0.5, 0.5]] * tokens, steps=steps, schedule="linear", order="random", trace=trace)
+    assert [int(hidden.sum()) for _, hidden in trace] == list(range(tokens - tokens // steps, -1, -tokens // steps))
+
+
+class No64(TorchDispatchMode):
+    """Apple's devices have no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
+        return result
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_decode_takes_what_people_have(order):
+    """Any integers as tokens and as coordinates, and models of any precision, without float64 on the way."""
+    tokens, mask = ragged_batch(0)
+    options = {"steps": 5, "order": order, "sample": "argmax"}
+    expected = decode(tiny_model(), tokens, mask, grid_coords(4, 4), generator=seeded(), **options)
+    for kind in (torch.int32, torch.uint8, torch.int16):
+        with No64():
+            found = decode(
+                tiny_model(), tokens.to(kind), mask, grid_coords(4, 4).to(kind), generator=seeded(), **options
+            )
+        assert found.dtype == torch.int64 and torch.equal(found, expected)
+    for kind in (torch.float16, torch.bfloat16):
+        model = tiny_model().to(kind)
+        found = decode(model, tokens, mask, grid_coords(4, 4), steps=1, sample="argmax", order=order)
+        exact = decode(tiny_model(), tokens, mask, grid_coords(4, 4), steps=1, sample="argmax", order=order)
+        assert (found == exact).float().mean() > 0.9
+    hidden = tokens.masked_fill(mask, -1)
+    assert torch.equal(decode(tiny_model(), hidden, mask, grid_coords(4, 4), generator=seeded(), **options), expected)
 
 
 def test_an_order_sees_the_step_and_is_obeyed():
@@ -621,10 +671,20 @@ def decode_with(**wrong):
     return decode(**{"model": tiny_model(), "tokens": tokens, "mask": mask, "coords": grid_coords(4, 4)} | wrong)
 
 
+class OneTooMany:
+    """A model that has a logit for [MASK], as many do."""
+
+    mask_id = 5
+
+    def __call__(self, tokens, coords):
+        return torch.zeros(*tokens.shape, 6)
+
+
 NO_NUMBERS = torch.full((6, 16, 5), math.nan)
 ROWS = np.random.default_rng(0).random((9, 3))
 REFUSED = [
     ("only 3 of the 150 points are distinct", lambda: kmeans(np.repeat(np.eye(3), 50, axis=0), 4)),
+    ("only 1 of the 2 points", lambda: kmeans(np.array([[0.0], [-0.0]]), 2)),
     ("finite", lambda: kmeans(np.array([[0.0], [np.nan]]), 1)),
     ("finite", lambda: kmeans(np.array([[0.0], [np.inf]]), 1)),
     ("shape", lambda: kmeans(np.zeros(5), 1)),
@@ -657,7 +717,13 @@ REFUSED = [
     ("argmax", lambda: decode_with(temperature=0.0)),
     ("bool", lambda: decode_with(mask=torch.zeros(6, 16))),
     ("must agree", lambda: decode_with(mask=torch.zeros(6, 15, dtype=torch.bool))),
-    ("codes are 0 .. 4", lambda: decode_with(tokens=torch.full((6, 16), 5))),
+    ("tokens are 5 .. 5, but the codes are 0 .. 4", lambda: decode_with(tokens=torch.full((6, 16), 5))),
+    ("tokens are -1 .. -1", lambda: decode_with(tokens=torch.full((6, 16), -1))),
+    ("integers, not torch.float32", lambda: decode_with(tokens=torch.zeros(6, 16))),
+    ("integers, not torch.bool", lambda: decode_with(tokens=torch.zeros(6, 16, dtype=torch.bool))),
+    (r"coords are \(16, 3\)", lambda: decode_with(coords=torch.zeros(16, 3))),
+    (r"coords are \(4, 4, 2\)", lambda: decode_with(coords=grid_coords(4, 4).view(4, 4, 2))),
+    (r"logits are \(5, 16, 6\), not \(5, 16, 5\)", lambda: decode_with(model=OneTooMany())),
     (r"model\.eval\(\)", lambda: decode_with(model=tiny_model().train())),
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS)),
     ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
@@ -704,10 +770,12 @@ def recipe(**settings):
     return Recipe(**{"steps": 20, "lr": 0.01, "optimizer": "adamw", "precision": "float32"} | settings)
 
 
-def trained(batch=striped_batch, *, dropout=0.0, out=None, resume=False, validate=None, best_by=None, **settings):
+def trained(batch=striped_batch, *, dropout=0.0, **settings):
     """The weights of a tiny model after training, and the rows of its log."""
     model = tiny_model(codes=2, dropout=dropout)
-    options = dict(out=out, resume=resume, validate=validate, best_by=best_by)
+    options = {
+        name: settings.pop(name) for name in ("out", "resume", "force", "validate", "best_by") if name in settings
+    }
     rows = train(model, batch, recipe(**settings), **options)
     return weights(model), rows
 
@@ -834,7 +902,7 @@ def test_resumed_run_is_bit_identical(options, tmp_path, checkpoints_at):
 def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint, tmp_path, checkpoints_at):
     def another_begins(step):
         if step == 4:
-            trained(steps=2, out=tmp_path)
+            trained(steps=2, out=tmp_path, force=True)
             os.utime(tmp_path / "model.pt", (later := time.time() + 5, later))  # as if it had taken so long
         return striped_batch(step)
 
@@ -842,7 +910,7 @@ def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint, tmp_path, 
     assert "another run has written" in refusal(trained, another_begins, steps=6, out=tmp_path)
     assert saved(tmp_path)["step"] == 2
     checkpoints_at(1, 2, 3)
-    trained(steps=4, out=tmp_path)  # one after the other
+    trained(steps=4, out=tmp_path, force=True)  # one after the other
     assert saved(tmp_path)["step"] == 4
 
 
@@ -888,6 +956,7 @@ def test_resume_refuses_another_recipe_another_model_and_no_checkpoint(tmp_path)
     resumed = functools.partial(refusal, trained, steps=2, out=tmp_path, resume=True)
     assert "no checkpoint" in resumed()
     trained(steps=2, out=tmp_path, lr=0.1)
+    assert "holds a run already" in resumed(resume=False) and saved(tmp_path)["step"] == 2
     assert "lr=0.1, not 0.2" in resumed(lr=0.2)
     other = tiny_model(codes=2, dim=32)
     assert "dim=16, not 32" in refusal(train, other, striped_batch, recipe(steps=2, lr=0.1), out=tmp_path, resume=True)
@@ -909,9 +978,93 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, checkpo
     said = refusal(train, model, poisoned, recipe(log_rows=10), out=tmp_path)
     assert "no longer finite at step 6" in said
     for options in ({"steps": 2}, {"steps": 1}):  # the loss still was finite, before the update
-        said = refusal(trained, lr=math.inf, warmup=0, decay="constant", out=tmp_path, **options)
+        said = refusal(trained, lr=math.inf, warmup=0, decay="constant", out=tmp_path, force=True, **options)
         assert "no longer finite at step 1;" in said
     assert saved(tmp_path)["step"] == 4 and saved_weights(tmp_path).isfinite().all()
+
+
+def test_batches_of_any_integers_and_none_that_hides_nothing(tmp_path):
+    def of(kind):
+        return lambda step: (striped_batch(step)[0].to(kind), *striped_batch(step)[1:])
+
+    expected, _ = trained(steps=3)
+    assert torch.equal(trained(of(torch.int32), steps=3)[0], expected)
+    assert torch.equal(trained(of(torch.uint8), steps=3)[0], expected)
+    for wrong, said in [
+        (lambda tokens, mask, coords: (tokens, mask & False, coords), r"batch\(2\) hides no token"),
+        (lambda tokens, mask, coords: (tokens, mask[:, :1], coords), "must agree"),
+        (lambda tokens, mask, coords: (tokens, mask.long(), coords), "must agree, the mask as bool"),
+        (lambda tokens, mask, coords: (tokens + 1, mask, coords), "tokens are 1 .. 2, but the codes are 0 .. 1"),
+        (lambda tokens, mask, coords: (tokens.float(), mask, coords), "integers, not torch.float32"),
+    ]:
+        model = tiny_model(codes=2)
+        batch = lambda step, wrong=wrong: wrong(*striped_batch(step)) if step == 2 else striped_batch(step)  # noqa: E731
+        assert re.search(said, refusal(train, model, batch, recipe()))
+        assert weights(model).isfinite().all()
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    """Numbers of numpy and of tensors wherever they may come from, and models that are compiled."""
+    numbers = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": True}
+    settings = {"steps": np.int64(2), "lr": np.float64(0.01), "betas": (np.float32(0.5), 0.9), "seed": torch.tensor(1)}
+    model = torch.compile(tiny_model(codes=np.int64(2), dim=np.int32(16)), backend="eager")
+    tokenizer = PatchTokenizer(np.zeros((2, 27)), np.int64(3), np.int64(3))
+    options = {"out": tmp_path, "validate": lambda model: numbers, "tokenizer": tokenizer}
+    train(model, striped_batch, recipe(**settings), **options)
+    (found, *_), (again, *_) = (
+        train(tiny_model(codes=2), striped_batch, recipe(**settings), resume=True, **options),
+        saved(tmp_path)["training"]["progress"]["history"],
+    )
+    assert {name: found[name] for name in numbers} == {"a": 0.5, "b": 0.25, "c": 3.0, "d": 1.0} and found == again
+    assert torch.equal(saved_weights(tmp_path), weights(model))
+    assert saved(tmp_path)["config"]["betas"] == (0.5, 0.9) and saved(tmp_path)["tokenizer"].patch == 3
+    config = {"a": np.float32(0.5), "b": [np.int64(1)], "c": {"d": np.bool_(True)}, "e": None}
+    maskgit.save_checkpoint(tmp_path / "other.pt", model, config=config, step=np.int64(7))
+    assert maskgit.load_checkpoint(tmp_path / "other.pt")["config"] == {"a": 0.5, "b": [1], "c": {"d": True}, "e": None}
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    path = tmp_path / "model.pt"
+    for config, said in [
+        ({"a": Path("b")}, "config's a is .*'b'"),
+        ({"a": [{1}]}, "config's a"),
+        ({"a": np.ones(2)}, "a is"),
+    ]:
+        assert re.search(said, refusal(maskgit.save_checkpoint, path, tiny_model(), config=config))
+    wrapped = torch.nn.DataParallel(tiny_model(codes=2))
+    assert "give its .module" in refusal(maskgit.save_checkpoint, path, wrapped)
+    assert "give its .module" in refusal(train, wrapped, striped_batch, recipe(), out=tmp_path)
+    for figures, said in [
+        ({"x": "high"}, "must give numbers"),
+        ({"x": torch.ones(2)}, "must give numbers"),
+        ({"y": 1.0}, "gives no 'x' to choose the best model by, but y"),
+        ({"x": 1.0, "loss": 1.0, "step": 2}, "'loss', 'step', which log.csv has already"),
+    ]:
+        validate = lambda model, figures=figures: figures  # noqa: E731
+        assert said in refusal(trained, steps=1, out=tmp_path, validate=validate, best_by="x")
+    assert not list(tmp_path.glob("*"))
+
+
+def test_columns_may_come_and_go_and_numbers_be_none(tmp_path):
+    """The best row of those that have a number; log.csv has all the columns."""
+    rows = iter([{"x": math.nan}, {"x": 3.0, "y": 1.0}, {"z": 5.0, "x": 2.0}, {"x": math.nan, "y": 2.0}])
+    seen = []
+
+    def validate(model):
+        seen.append(weights(model))
+        return next(rows)
+
+    options = {"steps": 4, "log_rows": 4, "best_by": "x", "out": tmp_path}
+    assert torch.equal(trained(validate=validate, **options)[0], seen[2])
+    written = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row["y"] for row in written] == ["", "1.0", "", "2.0"] and [row["z"] for row in written] == [
+        "",
+        "",
+        "5.0",
+        "",
+    ]
+    found, _ = trained(validate=lambda model: {"x": math.nan}, **options, force=True)
+    assert torch.equal(found, trained(steps=4, log_rows=4)[0]), "without any number the last one"
 
 
 def test_bf16_trains_close_to_float32():
@@ -2284,6 +2437,31 @@ def test_two_processes_agree_with_one(script, tmp_path, capsys):
         assert logged(tmp_path / "two", column) == pytest.approx(logged(tmp_path / "one", column), rel=1e-3)
 
 
+AGAIN = """
+import sys, torch
+from pathlib import Path
+from maskgit import train
+from test_maskgit import recipe, striped_batch, tiny_model
+
+for name in ("first", "second", "own"):
+    if name == "own":
+        torch.distributed.init_process_group("gloo")
+    train(tiny_model(codes=2), striped_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
+    assert torch.distributed.is_initialized() == (name == "own")
+"""
+
+
+def test_processes_may_train_again_and_in_a_group_of_their_own(tmp_path):
+    (tmp_path / "again.py").write_text(AGAIN)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(tmp_path / "again.py"), str(tmp_path)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0, finished.stderr
+    alone, _ = trained(steps=3, lr=0.001)
+    for name in ("first", "second", "own"):
+        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
+
+
 STOPS = """
 import os, signal, sys
 import maskgit
@@ -2296,7 +2474,7 @@ def batch(step):
 
 maskgit.CHECKPOINT_SECONDS = 0
 recipe = maskgit.Recipe(steps=8, log_rows=1, optimizer="adamw", lr=0.001, precision="float32")
-maskgit.train(tiny_model(codes=2), batch, recipe, out=sys.argv[1], resume=sys.argv[3:] == ["--resume"])
+maskgit.train(tiny_model(codes=2), batch, recipe, out=sys.argv[1], resume=sys.argv[3:] == ["--resume"], force=True)
 """
 
 

@@ -409,7 +409,7 @@ def main():
         tokenizer = fit_tokenizer(recipe.seed)
     if tokenizer is None:
         raise ValueError(f"{out / 'model.pt'} holds no tokenizer: it is a run of another script")
-    model, history = train_model(recipe, tokenizer, device, out=out, resume=arguments.resume)
+    model, history = train_model(recipe, tokenizer, device, out=out, resume=arguments.resume, force=arguments.force)
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()

@@ -387,7 +387,7 @@ def main():
     recipe = recipe.on(device)
     out = arguments.out
     prior = all_squares(recipe.grid, recipe.min_side, recipe.max_side)
-    model, history = train_model(recipe, prior, device, out=out, resume=arguments.resume)
+    model, history = train_model(recipe, prior, device, out=out, resume=arguments.resume, force=arguments.force)
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()
