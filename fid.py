@@ -6,11 +6,12 @@
 
 Options, weights, statistics files and numbers are those of pytorch-fid. The network is the Inception-v3 of 2015 that
 every published FID uses. Its weights (91 MB) are fetched once, or given by --weights. Images are read as RGB: alpha is
-dropped, 16-bit values above 255 are white. A folder's subfolders are not searched.
+dropped; grey levels of 16 bits or floats keep their brightness, where pytorch-fid shows white or black. A folder's
+subfolders are not searched.
 
-FID is too large for small sets, and needs 2,048 images or more on each side; a warning says by how much at least. KID
-has no such bias. Beside pytorch-fid 0.3.0 on two CPU cores, FID is equal within 3e-6 of its value, with 2.6 times the
-images per second and the distance in a sixth of the time (results/fid.json).
+FID is too large for small sets, and needs 2,048 images or more on each side; a warning says by how much at least, if
+the sets are independent. KID has no such bias. Beside pytorch-fid 0.3.0 on two CPU cores, FID is equal within 3e-6 of
+its value, with 2.6 times the images per second and the distance in a sixth of the time (results/fid.json).
 
 Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Chong and Forsyth 2020 (the bias of FID).
 """
@@ -267,12 +268,37 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
 # Statistics of a folder, their files, and what they tell
 
 
+# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
+WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
+
+
+def read_image(path):
+    """The image in a file, RGB uint8 (H, W, 3)."""
+    image = Image.open(path)
+    if image.mode in WHITE:
+        image = eight_bits(np.asarray(image).astype(np.float32), WHITE[image.mode])
+    return np.asarray(image.convert("RGB"))
+
+
+def eight_bits(values, scales):
+    """An image of grey levels (H, W) whose white is one of the scales."""
+    low, high = values.min(), values.max()
+    white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
+    if not low >= -0.01 * white or not white:
+        raise ValueError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
+    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+
+
 class ImageFolder(torch.utils.data.Dataset):
-    """The images of a folder, RGB uint8 (H, W, 3). In place of one that cannot be read, a line that says why."""
+    """The images of a folder: RGB uint8 (H, W, 3), or where that takes less memory what the network is given of it. In
+    place of one that cannot be read, a line that says why."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES.split())
+        shown = [path for path in folder.rglob("[!.]*") if path.suffix.lower() in IMAGE_SUFFIXES.split()]
+        self.files = sorted(path for path in shown if path.parent == folder)
+        if below := len(shown) - len(self.files):
+            print(f"{folder}: {below} images in its subfolders are not counted", file=sys.stderr)
         if len(self.files) < 2:
             raise ValueError(f"{folder} holds {len(self.files)} images; at least 2 are needed ({IMAGE_SUFFIXES})")
 
@@ -281,9 +307,12 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         try:
-            return np.asarray(Image.open(self.files[i]).convert("RGB"))
+            image = read_image(self.files[i])
+        except MemoryError:
+            raise
         except Exception as error:  # Pillow raises many types
             return f"{self.files[i]} cannot be read: {error}"
+        return image if image.nbytes < 4 * 3 * 299 * 299 else shrink(image)
 
 
 class Statistics(NamedTuple):
@@ -337,10 +366,19 @@ def folder_features(images, network, batch_size, num_workers):
             shown = seconds
 
 
+def shrink(image):
+    """What the network is given of a large RGB image (H, W, 3) in uint8: float32 (3, 299, 299). One channel after
+    another, since as floats they are four times as large."""
+    return torch.cat([network_input([image[..., channel, None]], "cpu")[0] for channel in range(3)]).numpy()
+
+
 def network_input(images, device):
-    """RGB images (H, W, 3) in uint8, of one size or several, as a tensor (B, 3, 299, 299) in [-1, 1]."""
+    """RGB images (H, W, 3) in uint8, of one size or several, as a tensor (B, 3, 299, 299) in [-1, 1]; those that have
+    been brought to that before stay as they are."""
     if len({image.shape for image in images}) > 1:
         return torch.cat([network_input([image], device) for image in images])
+    if images[0].dtype == np.float32:
+        return torch.from_numpy(np.stack(images)).to(device)
     x = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W), channels last
     return 2 * F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) - 1
 
@@ -359,14 +397,9 @@ def read_statistics(path):
     return Statistics(mu, sigma)
 
 
-def write_statistics(path, statistics):
-    """Write mu and sigma to an .npz file, whole or not at all."""
-    partial = path.with_name(f"{path.stem}.partial.npz")
-    try:
-        np.savez_compressed(partial, mu=statistics.mu, sigma=statistics.sigma)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def write_statistics(file, statistics):
+    """Write mu and sigma in the format of .npz files."""
+    np.savez_compressed(file, mu=statistics.mu, sigma=statistics.sigma)
 
 
 def fid_of(a, b):
@@ -377,7 +410,7 @@ def fid_of(a, b):
 
 
 def bias_at_least(a, b):
-    """A lower bound on the part of FID that is there because the sets are small.
+    """A lower bound on the part of FID that is there because the sets are small, if they are independent.
 
     The bias falls with the number of images like 1 / N, and more slowly while N is below the number of dimensions. So
     halving the sets adds as much again, or less.
@@ -405,7 +438,7 @@ def settings_from_command_line():
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
     cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    add("path", nargs=2, type=Path, help="two folders or .npz files; with --save-stats a folder and an .npz file")
+    add("path", nargs=2, type=named, help="two folders or .npz files; with --save-stats a folder and an .npz file")
     add("--batch-size", type=at_least(1), default=50, help="images at once (default: 50; at most 8 on a CPU: faster)")
     add("--num-workers", type=at_least(0), default=cores, help="processes that read images (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -414,6 +447,12 @@ def settings_from_command_line():
     add("--kid", action="store_true", help="KID beside FID; needs two folders")
     add("--weights", help="the Inception weights, instead of fetching them")
     return parser.parse_args()
+
+
+def named(text):
+    if not text:
+        raise argparse.ArgumentTypeError("a name is empty")
+    return Path(text)
 
 
 def at_least(low):
@@ -450,14 +489,38 @@ def measured(paths, settings):
 
 
 def save_statistics(folder, target, settings):
-    """Write the statistics of a folder to a new .npz file."""
+    """Write the statistics of a folder to a new .npz file, whole or not at all."""
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
+    partial = target.with_name(f"{target.name}.partial")
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or choose another name")
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} to write {target.name} to")
-    write_statistics(target, *measured([folder], settings))
+    with open(partial, "xb") as file:  # before the work, since it may be impossible
+        try:
+            write_statistics(file, *measured([folder], settings))
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
     print(f"statistics of {folder}: {target}")
+
+
+def bias_warning(a, b, distance):
+    """What to know of the FID of two Statistics of which one has few images."""
+    counts = f"{a.count or 'unknown'} and {b.count or 'unknown'} images; {ENOUGH} or more are needed"
+    bias = bias_at_least(a, b)
+    verdict = f"If the sets are independent, at least {bias:.2f} of this FID is there because they are small"
+    if bias > 1.5 * distance:
+        verdict = "The sets are not independent, so how much of this FID is bias remains open"
+    return f"warning: {counts}. {verdict}; --kid has no such bias"
+
+
+def explained(error):
+    """A line for the user, where he can do something about the error; or else it is raised again."""
+    if isinstance(error, RuntimeError) and not re.search(r"memory|DataLoader worker \(pid", str(error)):
+        raise error
+    lacking = "not enough memory: lower --batch-size or --num-workers"
+    return lacking if isinstance(error, (MemoryError, RuntimeError)) else error
 
 
 def main():
@@ -465,11 +528,10 @@ def main():
     if settings.save_stats:
         return save_statistics(*settings.path, settings)
     a, b = measured(settings.path, settings)
-    print("FID: ", fid_of(a, b))
+    distance = fid_of(a, b)
+    print("FID: ", distance)
     if any(images.count and images.count < ENOUGH for images in (a, b)):
-        counts = f"{a.count or 'unknown'} and {b.count or 'unknown'} images; {ENOUGH} or more are needed"
-        bias = f"At least {bias_at_least(a, b):.2f} of this FID is there because the sets are small"
-        print(f"warning: {counts}. {bias}; --kid has no such bias", file=sys.stderr)
+        print(bias_warning(a, b, distance), file=sys.stderr)
     if settings.kid:
         print("KID:  {} +- {}".format(*kernel_distance(a.features, b.features)))
 
@@ -477,8 +539,8 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        print(f"error: {explained(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,8 +4,9 @@
     python inpaint.py --data FOLDER --out runs/mine     the same on your own pictures
     python inpaint.py --checkpoint runs/inpaint/model.pt --images DIR --masks DIR --out DIR      fill holes
 
-A mask has its image's size: 255 (white) is visible, 0 is the hole. A token with any hole pixel is hidden, and predicted
-from the others; the pixels that were visible come back as they were.
+A mask has its image's size: white is visible, black is the hole (--invert-masks: the other way round), and the name of
+its image, with "mask" or a number added, or its number. A token with any hole pixel is hidden, and predicted from the
+others; the pixels that were visible come back as they were. Files are of any format that Pillow reads.
 
 The cats: 23.7 dB inside the holes after 14 minutes on one core of an AMD EPYC server, where the codebook allows
 26.6 (results/inpaint.json); two cores take 9. Photographs, 90 minutes: 21.3 of 25.5 dB (results/inpaint_cats64.json).
@@ -13,6 +14,7 @@ The cats: 23.7 dB inside the holes after 14 minutes on one core of an AMD EPYC s
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 """
 
+import collections
 import functools
 import hashlib
 import itertools
@@ -22,21 +24,23 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import maskgit
 from maskgit import setting
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot decode
+# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
+WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
 # Where training and validation end in the range of the images' hashes, [0, 1). Of 8,303 distinct photographs they leave
 # 517 for validation and 785 for the test, which is about as many as R1 and R2 had (747).
 PART_ENDS = (0.843, 0.903)
+MASK = re.compile("masks?")
 CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
 NOISES = 6  # of pixel_evidence; this and the next two by validation pictures
 LEAST_NOISE = (4 / 255) ** 2
@@ -86,9 +90,9 @@ HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 class Inpainting(maskgit.Experiment):
     """All that decides the weights of a run."""
 
-    data: str | None = setting(None, "folder of pictures; if it is not given, cartoon cats")
-    cartoons: int = setting(6000, "number of those cats", low=1)
-    size: int = setting(64, "pixels per side of a picture", low=1)
+    pictures_sha256: str = setting("", None)
+    cartoons: int = setting(6000, "number of cats, without --data", low=1)
+    size: int = setting(64, "pixels per side of a picture; SSIM needs 11", low=11)
     patch: int = setting(4, "pixels per side of a token", low=1)
     codes: int = setting(1024, "of the codebook", low=2)
     mirror: bool = setting(True, "train on mirrored pictures as well")
@@ -120,27 +124,61 @@ class Filling(maskgit.Settings):
 # Pictures
 
 
-def picture_files(path):
-    """The picture files of a folder in the order of their names, or the file itself."""
+def picture_files(path, apart=()):
+    """The picture files of a folder in the order of their names, or the file itself. Hidden ones are none, nor what is
+    `apart`: some of its files or folders. How many others are left out is printed by suffix."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ValueError(f"there is no folder or file {path}")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    root = path.resolve()
+    apart = {each.resolve() for each in apart if each}
+    if root in apart:
+        raise ValueError(f"{path} cannot be read from and written to: --out renames")
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN.keys() - NO_PIXELS}
+    files = []
+    others = collections.Counter()
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        if any(part.startswith(".") for part in inside.parts) or not file.is_file():
+            continue
+        if apart.isdisjoint([root / inside, *(root / part for part in inside.parents[:-1])]):
+            others[file.suffix.lower() or "no suffix"] += file.suffix.lower() not in known
+            files += [file] * (file.suffix.lower() in known)
+    if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
+        print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
-        raise ValueError(f"{path} holds no pictures ({' '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{path} holds no pictures")
     return files
 
 
-def read_picture(file, mode):
-    """A picture in "RGB" or "L"; ValueError if it cannot be read."""
+def read_image(file, prepare):
+    """prepare(image) of the image in a file, upright as its EXIF says; ValueError if one of the two fails."""
     try:
-        image = Image.open(file)
-        if image.mode.startswith("I;16"):  # Pillow would cut 16-bit values off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert(mode)
+        with Image.open(file) as image:
+            return prepare(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many types
         raise ValueError(f"{file} cannot be read: {error}") from None
+
+
+def eight_bits(image):
+    """The image, with levels of more than 8 bits or of floats brought to 8."""
+    if image.mode not in WHITE:
+        return image
+    values = np.asarray(image).astype(np.float32)
+    low, high = values.min(), values.max()
+    scales = WHITE[image.mode]
+    white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
+    if not low >= -0.01 * white or not white:
+        raise ValueError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
+    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+
+
+def read_picture(file):
+    """The picture in a file, in RGB."""
+    return read_image(file, lambda image: eight_bits(image).convert("RGB"))
 
 
 class Split(NamedTuple):
@@ -151,17 +189,19 @@ class Split(NamedTuple):
     test: np.memmap
 
 
-def open_pictures(folder, cartoons, size, seed):
-    """A Split of a folder's distinct pictures, centre-cropped and resized, or without a folder of so many cartoon cats.
-    The part of a picture depends on its pixels alone, so that adding others never moves it from test to training. All
-    lie in temporary files (TMPDIR says where), so that memory does not limit them."""
-    sources = picture_files(Path(folder)) if folder else cartoon_cats(cartoons, size, seed)
+def open_pictures(folder, cartoons, size, seed, out=None):
+    """A Split of a folder's distinct pictures, centre-cropped and resized, or without a folder of so many cartoon cats;
+    and the SHA-256 of them all. What is in `out` is no picture. The part of a picture depends on its pixels alone, so
+    that adding others never moves it from test to training. All lie in temporary files (TMPDIR says where), so that
+    memory does not limit them."""
+    sources = picture_files(folder, [out]) if folder else cartoon_cats(cartoons, size, seed)
     files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115  they are closed with the arrays
     digests = [set(), set(), set()]
+    together = hashlib.sha256()
     duplicates = 0
     for source in sources:
         try:
-            image = read_picture(source, "RGB") if folder else Image.fromarray(source)
+            image = read_picture(source) if folder else Image.fromarray(source)
         except ValueError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
@@ -172,13 +212,15 @@ def open_pictures(folder, cartoons, size, seed):
             duplicates += 1
         else:
             digests[part].add(digest)
+            together.update(digest)
             files[part].write(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS).tobytes())
     distinct = sum(map(len, digests))
     if folder:
         print(f"{folder}: {distinct} distinct pictures, {duplicates} duplicates left out")
     if min(map(len, digests)) < 2:
         raise ValueError(f"{distinct} distinct pictures are too few for training, validation and test")
-    return Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
+    split = Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
+    return split, together.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -674,34 +716,106 @@ def trace_pictures(checkpoint, images, holes, filling):
 # Filling files
 
 
-def pair_files(images, masks):
-    """[(picture, mask)] by the order of their names; one mask file serves all pictures."""
-    pictures = picture_files(images)
-    holes = picture_files(masks)
-    if masks.is_file():
-        return [(picture, masks) for picture in pictures]
-    if len(pictures) != len(holes):
-        raise ValueError(f"{images} holds {len(pictures)} pictures, {masks} {len(holes)} masks; each picture needs one")
-    pairs = list(zip(pictures, holes, strict=True))
-    for picture, mask in pairs:
-        numbers = [re.findall(r"\d+", file.stem)[-1:] for file in (picture, mask)]
-        if numbers[0] != numbers[1] and all(numbers):
-            raise ValueError(f"{picture.name} and {mask.name} come together, but their numbers differ")
+def name_keys(name, is_mask):
+    """For each rule by which the names of a picture and its mask agree the keys of which they share one, the strictest
+    rule first: the same name; that without the mask's word; that without the word and a number beyond it; all numbers;
+    the last one."""
+    plain = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    without = {plain}
+    uncounted = plain
+    if is_mask:
+        parts = [(plain[: word.start()].strip("_"), plain[word.end() :].strip("_")) for word in MASK.finditer(plain)]
+        without = {"_".join(filter(None, both)) for both in parts}
+        uncounted = re.sub(rf"_?{MASK.pattern}_?\d+$|^\d+_?{MASK.pattern}_?", "", plain)
+    numbers = tuple(map(int, re.findall(r"\d+", name)))
+    return [{name}, without, {uncounted}, {numbers} - {()}, {numbers[-1:]} - {()}]
+
+
+def pair_by_name(pictures, masks):
+    """{picture: mask} of those that belong together; ValueError where their names leave that open."""
+    pairs = {}
+    for rule in range(5):
+        groups = collections.defaultdict(lambda: (set(), set()))  # of each key its pictures and its masks
+        for file in (pictures | masks).difference(pairs, pairs.values()):
+            for key in name_keys(file.stem, file in masks)[rule]:
+                groups[key][file in masks].add(file)
+        for some, theirs in groups.values():
+            if some and theirs:
+                if len(some | theirs) > 2 or theirs <= set(pairs.values()):
+                    raise ValueError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
+                pairs[some.pop()] = theirs.pop()
     return pairs
 
 
-def read_pair(picture, mask, size):
-    """A picture (H, W, 3) uint8, its hole (H, W), and both in size x size: there a pixel with any part of the hole
-    belongs to it."""
-    image = np.asarray(read_picture(picture, "RGB"))
-    visible = np.asarray(read_picture(mask, "L"))
-    if image.shape[:2] != visible.shape:
-        sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, visible), (picture, image))]
+def listed(things):
+    """Some of them, and how many more there are."""
+    names = list(map(str, things))
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+
+
+def pair_files(images, masks, out):
+    """[(picture, mask)] of two folders, of one that holds both, or of single files; one mask serves all pictures."""
+    together = images.is_dir() and images.resolve() == masks.resolve()
+    pictures = set(picture_files(images, [out] if together else [out, masks]))
+    if masks.is_file():
+        return [(picture, masks) for picture in sorted(pictures)]
+    if together:
+        holes = {file for file in pictures if MASK.search(file.stem.lower())}
+        pictures -= holes
+        if not holes or not pictures:
+            raise ValueError(f"{images} is for pictures and masks, but has no names with and without 'mask'")
+    else:
+        holes = set(picture_files(masks, [out, images]))
+    pairs = pair_by_name(pictures, holes)
+    if lonely := pictures - pairs.keys():
+        raise ValueError(f"no mask has the name or the number of {listed(sorted(lonely))}")
+    if (lonely := holes.difference(pairs.values())) and not images.is_file():
+        raise ValueError(f"no picture has the name or the number of {listed(sorted(lonely))}")
+    return sorted(pairs.items())
+
+
+def white_pixels(image):
+    """Which pixels of a mask are white: bool (H, W). In a file that has only 0 and 1, those of 1; in a palette, if that
+    is the lighter one. ValueError if they are transparent in part, or most of them neither black nor white, or if all
+    that differ are on one side of the middle."""
+    if image.has_transparency_data and np.ptp(image.convert("RGBA").getchannel("A").getextrema()):
+        raise ValueError("what its transparency means is open; save it without, the hole in black, the rest in white")
+    grey = eight_bits(image.convert("RGB") if len(image.getbands()) > 1 else image).convert("L")
+    levels = np.asarray(grey)
+    values = np.asarray(image if len(image.getbands()) == 1 else grey)
+    if np.isin(values, (0, 1)).all():
+        zeros = levels[values == 0]
+        ones = levels[values == 1]
+        if image.mode != "P" or (zeros.size and ones.size and zeros[0] < ones[0]):
+            return values == 1
+    low, high = levels.min(), levels.max()
+    one_sided = low < high and (low > 127 or high <= 127)
+    if one_sided or np.mean((levels < 32) | (levels > 223)) <= 0.5:
+        few = listed(f"{value:g}" for value in np.unique(values))
+        raise ValueError(f"it is no mask in black and white: its values are {few}")
+    return levels > 127
+
+
+def read_pair(picture, mask, invert):
+    """A picture (H, W, 3) uint8 and its hole (H, W)."""
+    image = np.asarray(read_picture(picture))
+    hole = read_image(mask, white_pixels) == invert
+    if image.shape[:2] != hole.shape:
+        sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, hole), (picture, image))]
         raise ValueError(f"{', '.join(sizes)}; a mask has its image's size")
-    hole = visible < 128
+    return image, hole
+
+
+def shrunk(image, hole, size):
+    """Both in size x size: a pixel with any part of the hole belongs to it."""
     arrays = (image, hole.astype(np.float32))
     small = [np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BOX)) for a in arrays]
-    return image, hole, small[0], small[1] > 0
+    return small[0], small[1] > 0
+
+
+def enlarged(filled, image, hole):
+    """The picture (H, W, 3) with its hole (H, W) from a smaller one."""
+    return paste(image, hole, np.asarray(Image.fromarray(filled).resize(hole.shape[::-1], Image.Resampling.BICUBIC)))
 
 
 def open_model(path, device):
@@ -712,37 +826,90 @@ def open_model(path, device):
     return checkpoint
 
 
+def weights_digest(network):
+    """SHA-256 of the weights of a network."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def result_files(picture, out, samples):
+    """What filling a picture writes: a file, or one for each sample and, where nobody takes it for another result, one
+    with all in a row."""
+    if samples == 1:
+        return [out / f"{picture.stem}.png"]
+    return [*(out / f"{picture.stem}_{i}.png" for i in range(1, samples + 1)), out / "rows" / f"{picture.stem}.png"]
+
+
+def require_free(files, pairs, overwrite):
+    """ValueError if one of the files is another result, what is to be filled, or there already."""
+    given = {file.resolve() for pair in pairs for file in pair}
+    for file, count in collections.Counter(files).items():
+        if count > 1:
+            raise ValueError(f"two pictures would become {file}; fill their folders one at a time")
+        if file.resolve() in given:
+            raise ValueError(f"{file} is read from and would be written to; --out renames")
+        if file.exists() and not overwrite:
+            raise ValueError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
+
+
+def examine(pairs, invert, way):
+    """A digest of pictures, their masks and the way to fill them."""
+    digest = hashlib.sha256(repr(way).encode())
+    for picture, mask in pairs:
+        image, hole = read_pair(picture, mask, invert)
+        if hole.all() or not hole.any():
+            print(f"{picture}: by {mask} {'nothing is visible' if hole.all() else 'there is no hole'}")
+        digest.update(image.tobytes() + hole.tobytes())
+    return digest.hexdigest()
+
+
+def is_result(file, digest):
+    """Whether the file is there; ValueError if it is not the result of what has that digest."""
+    if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
+        raise ValueError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
+    return file.exists()
+
+
+def save_result(file, pixels, digest):
+    header = PngImagePlugin.PngInfo()
+    header.add_text("filling", digest)
+    with maskgit.whole_file(file) as whole:
+        Image.fromarray(pixels).save(whole, format="PNG", pnginfo=header)
+
+
 def fill_files(checkpoint, size, filling, arguments, seed):
     """Fill the holes of files by a model of pictures of that size: a PNG for each; with --samples a PNG for each of
-    those, and all in a row."""
-    pairs = pair_files(arguments.images, arguments.masks)
-    targets = [arguments.out / f"{picture.stem}.png" for picture, _ in pairs]
-    if len(set(targets)) < len(targets):
-        raise ValueError("two pictures have the same name; fill their folders one at a time")
-    for target in targets:
-        if target.exists() and not arguments.force:
-            raise ValueError(f"{target} exists; --force overwrites, --out renames")
-    shapes = [read_pair(*pair, size)[1].shape for pair in pairs]  # all are read before one is written
-    resized = sum(shape != (size, size) for shape in shapes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(pairs), AT_ONCE):
-        read = [read_pair(*pair, size) for pair in pairs[start : start + AT_ONCE]]
-        images, holes = (np.stack([arrays[i] for arrays in read]) for i in (2, 3))
-        samples = []
-        for i in range(arguments.samples):
-            of_sample = maskgit.step_seed(seed, start, i)
-            samples.append(fill(checkpoint, images, holes, filling, of_sample, whole=arguments.whole))
-        for target, (image, hole, *_), *filled in zip(targets[start : start + AT_ONCE], read, *samples, strict=True):
-            filled = [Image.fromarray(pixels).resize(hole.shape[::-1], Image.Resampling.BICUBIC) for pixels in filled]
-            filled = [paste(image, hole | arguments.whole, np.asarray(pixels)) for pixels in filled]
-            if arguments.samples > 1:
-                for i, sample in enumerate(filled, start=1):
-                    Image.fromarray(sample).save(target.with_name(f"{target.stem}_{i}.png"))
-                filled = [np.concatenate([image, *filled], axis=1)]
-            Image.fromarray(filled[0]).save(target)
-    if resized:
-        print(f"{resized} pictures were filled at the model's {size}x{size}; only their holes were pasted back")
-    print(f"{len(pairs)} pictures filled: {arguments.out}")
+    those, and all in a row. All files are read before one is written. Results carry a digest of what they were made
+    of, by which --resume knows them."""
+    invert, whole = arguments.invert_masks, arguments.whole
+    pairs = pair_files(arguments.images, arguments.masks, arguments.out)
+    results = [result_files(picture, arguments.out, arguments.samples) for picture, _ in pairs]
+    require_free(itertools.chain(*results), pairs, arguments.force or arguments.resume)
+    way = [asdict(filling), seed, arguments.samples, whole, size, weights_digest(checkpoint["model"])]
+    way.append(getattr(checkpoint["tokenizer"], "sha256", None))
+    batches = [slice(start, start + AT_ONCE) for start in range(0, len(pairs), AT_ONCE)]
+    digests = [examine(pairs[rows], invert, [way, rows.start]) for rows in batches]
+    finished = set()
+    if arguments.resume:
+        for rows, digest in zip(batches, digests, strict=True):
+            finished.update(file for file in itertools.chain(*results[rows]) if is_result(file, digest))
+    for rows, digest in zip(batches, digests, strict=True):
+        if finished.issuperset(itertools.chain(*results[rows])):
+            continue
+        small = [shrunk(*read_pair(*pair, invert), size) for pair in pairs[rows]]
+        images, holes = map(np.stack, zip(*small, strict=True))
+        seeds = [maskgit.step_seed(seed, rows.start, i) for i in range(arguments.samples)]
+        samples = [fill(checkpoint, images, holes, filling, each, whole=whole) for each in seeds]
+        for pair, files, *filled in zip(pairs[rows], results[rows], *samples, strict=True):
+            image, hole = read_pair(*pair, invert)
+            pictures = [enlarged(one, image, hole | whole) for one in filled]
+            pictures += [np.concatenate([image, *pictures], axis=1)] * (len(files) > 1)
+            for file, pixels in zip(files, pictures, strict=True):
+                if file not in finished:
+                    save_result(file, pixels, digest)
+    print(f"{len(pairs)} pictures filled at the model's {size}x{size}, only their holes pasted back: {arguments.out}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -763,17 +930,31 @@ def command_line(description, recipe, filling, out, fills):
     parser.add_argument("--preset", choices=PRESETS, help="R1 and R2's sizes, optimiser and loss")
     maskgit.add_run_flags(parser, "runs/filled" if any(map(maskgit.value_of, fills)) else out)
     add = parser.add_argument_group("files to fill, instead of a training").add_argument
-    add("--checkpoint", type=Path, help="fill by this model")
-    add("--images", type=Path, help="folder of pictures, or one file")
-    add("--masks", type=Path, help="their masks, in the same order: 255 = visible, 0 = hole; or one for all")
+    add("--checkpoint", type=maskgit.named, help="fill by this model")
+    add("--images", type=maskgit.named, help="folder of pictures, or one file")
+    add("--masks", type=maskgit.named, help="of their masks, of the same names or numbers; or one file for all")
+    add("--invert-masks", action="store_true", help="white is the hole, not black")
     add("--whole", action="store_true", help="decode the visible pixels, too, as the reports do")
     add("--samples", type=maskgit.at_least(1), default=1, help="different results for each picture")
-    add = parser.add_argument_group("scores of a training").add_argument
+    add = parser.add_argument_group("pictures and scores of a training").add_argument
+    add("--data", type=maskgit.named, help="folder of pictures; if it is not given, cartoon cats")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=maskgit.at_least(1), default=1, help="draws behind each row of the table")
     maskgit.add_flags(parser, type(filling), **asdict(filling))
     maskgit.add_flags(parser, recipe, **DEFAULTS | PRESETS.get(maskgit.value_of("--preset"), {}))
     return parser
+
+
+FILES = {"checkpoint", "vqgan", "transformer", "images", "masks", "invert_masks", "whole", "samples"}
+EITHER = {"out", "resume", "force", "device", "seed"} | set(asdict(Filling()))
+
+
+def require_flags(parser, fills):
+    """Refuse flags that would be ignored."""
+    ignored = parser.given() - EITHER - FILES if fills else parser.given() & {"invert_masks", "whole", "samples"}
+    if ignored:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
+        parser.error(f"{flags}: only for {'a training, not for' if fills else 'filling files, not for a training'}")
 
 
 def parse_arguments():
@@ -783,6 +964,7 @@ def parse_arguments():
     given = [arguments.checkpoint, arguments.images, arguments.masks]
     if any(given) and not all(given):
         parser.error("--checkpoint fills --images by their --masks: name all three")
+    require_flags(parser, bool(arguments.checkpoint))
     return arguments, maskgit.settings_from(arguments, Inpainting), maskgit.settings_from(arguments, Filling)
 
 
@@ -794,14 +976,17 @@ def train_and_score(record, arguments, recipe, filling, tokenizer=None):
     started = time.monotonic()
     if arguments.resume and not tokenizer:
         tokenizer = open_model(out / "model.pt", "cpu")["tokenizer"]
-    split = open_pictures(recipe.data, recipe.cartoons, recipe.size, recipe.seed)
+    split, digest = open_pictures(arguments.data, recipe.cartoons, recipe.size, recipe.seed, out)
+    recipe = replace(recipe, pictures_sha256=digest)
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
     if not tokenizer:
         images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
         tokenizer = maskgit.PatchTokenizer.fit(images, recipe.codes, recipe.patch, seed=recipe.seed)
     prepared = time.monotonic()
-    model, history = train_model(recipe, tokenizer, split, device, out=out, resume=arguments.resume)
+    model, history = train_model(
+        recipe, tokenizer, split, device, out=out, resume=arguments.resume, force=arguments.force
+    )
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()

@@ -1166,6 +1166,12 @@ class CommandLine(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
 
+    def given(self):
+        """The names of what the command line has, without those that have their default."""
+        default = object()
+        found = self.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(self.parse_args()), default)))
+        return {name for name, value in vars(found).items() if value is not default}
+
 
 def value_of(flag, default=None):
     """What the command line has for a flag on which the defaults of others depend."""
@@ -1235,13 +1241,11 @@ def run_as_script(main):
         sys.stdout = None  # print() then does nothing
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"error: not enough memory: {error}".splitlines()[0], file=sys.stderr)
+        lacking = f"not enough memory: {error}".splitlines()[0]
+        print(f"error: {error if isinstance(error, (ValueError, OSError)) else lacking}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)

@@ -17,9 +17,11 @@ import platform
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -1725,7 +1727,8 @@ def test_pictures_of_a_folder(tmp_path, capsys):
     Image.new("CMYK", (8, 8)).save(tmp_path / "white.jpg")
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "readme.txt").write_text("no picture")
-    found = np.concatenate(inpaint.open_pictures(tmp_path, None, 8, None))
+    split, digest = inpaint.open_pictures(tmp_path, None, 8, None)
+    found = np.concatenate(split)
     assert found.shape == (85, 8, 8, 3) and len({image.tobytes() for image in found}) == 85
     for colour in [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]:
         assert (found == colour).all(axis=(1, 2, 3)).sum() == 1
@@ -1737,7 +1740,7 @@ def test_more_pictures_never_move_one_to_another_part(monkeypatch):
     monkeypatch.setattr(inpaint, "cartoon_cats", lambda count, *_: map(noise_picture, range(count)))
 
     def parts(count):
-        split = inpaint.open_pictures(None, count, 16, 0)
+        split, _ = inpaint.open_pictures(None, count, 16, 0)
         return {image.tobytes(): i for i, part in enumerate(split) for image in part}
 
     few = parts(400)
@@ -1987,13 +1990,13 @@ def test_ways_to_fill_are_judged(inpaint_run, tmp_path):
 def test_training_batches(monkeypatch):
     """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (280, 8, 8, 3), dtype=np.uint8)
-    tokenizer = PatchTokenizer(rng.random((300, 12), dtype=np.float32), 2)
+    images = rng.integers(0, 256, (280, 12, 12, 3), dtype=np.uint8)
+    tokenizer = PatchTokenizer(rng.random((300, 27), dtype=np.float32), 3)
     plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images, images[:, :, ::-1]))
     both = np.concatenate([plain, flipped])
     assert plain.max() > 255 and (inpaint.encode_training(tokenizer, 300, images, mirror=False) == plain).all()
     assert (inpaint.encode_training(tokenizer, 300, images, mirror=True) == both).all()
-    recipe = inpaint.Inpainting(batch_size=6000, size=8, patch=2, codes=300)
+    recipe = inpaint.Inpainting(batch_size=6000, size=12, patch=3, codes=300)
     batch = inpaint.make_batch(recipe, tokenizer, images)
     tokens, mask, coords = batch(3)
     assert mask.shape == (6000, 16) and torch.equal(coords, grid_coords(4, 4))
@@ -2001,8 +2004,8 @@ def test_training_batches(monkeypatch):
     assert all(map(torch.equal, batch(3), (tokens, mask, coords))) and not torch.equal(batch(4)[1], mask)
     # One half at random, by the cosine; the other within holes, of which half are whole.
     assert float(mask[:3000].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
-    holes = np.concatenate([inpaint.make_holes(kind, 1000, 8, inpaint.TRAINING_SEED) for kind in inpaint.HOLES])
-    whole = torch.from_numpy(holes.reshape(-1, 4, 2, 4, 2).any(axis=(2, 4))).flatten(1)
+    holes = np.concatenate([inpaint.make_holes(kind, 1000, 12, inpaint.TRAINING_SEED) for kind in inpaint.HOLES])
+    whole = torch.from_numpy(holes.reshape(-1, 4, 3, 4, 3).any(axis=(2, 4))).flatten(1)
     outside = mask[3000:].float() @ (~whole).float().T  # (3000, 3000): tokens of each row outside each hole
     assert (outside.amin(dim=1) == 0).all()
     whole = {tuple(row) for row in whole.tolist()}
@@ -2045,7 +2048,7 @@ def paths_of(folder, out):
 def filled_pairs(run, folder, *options, script=inpaint):
     """What the model of a run makes of the folders of write_pairs: {name: picture}."""
     assert call(script, "--checkpoint", run / "model.pt", *paths_of(folder, folder / "out"), *options) == 0
-    return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / "out").iterdir())}
+    return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / "out").glob("*.png"))}
 
 
 def test_folders_as_in_the_reports(inpaint_run, tmp_path, capsys):
@@ -2056,7 +2059,9 @@ def test_folders_as_in_the_reports(inpaint_run, tmp_path, capsys):
     for result, (image, hole) in zip(results.values(), pairs, strict=True):
         assert result.shape == image.shape and (result[~hole] == image[~hole]).all()
         assert (result[hole] != 128).any() == hole.any()
-    assert "2 pictures were filled at the model's 16x16" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "6 pictures filled at the model's 16x16" in shown
+    assert len(re.findall("image_004.png.*there is no hole|image_005.png.*nothing is visible", shown)) == 2
     again = filled_pairs(inpaint_run, tmp_path, "--force", "--seed", "1")
     assert (again["image_000"] != results["image_000"]).any()
 
@@ -2066,13 +2071,236 @@ def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
     one_mask = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax", "--stop-after", 2]
     for result, before in zip(filled_pairs(inpaint_run, tmp_path, *one_mask).values(), (image, other), strict=True):
         assert (result[~hole] == before[~hole]).all()
-    results = filled_pairs(inpaint_run, tmp_path, "--samples", 3, "--whole", "--order", "entropy", "--force")
-    assert [*results] == [f"image_00{i}{end}" for i in range(2) for end in ("", "_1", "_2", "_3")]
-    side_by_side, *samples = list(results.values())[:4]
+    shutil.rmtree(tmp_path / "out")
+    results = filled_pairs(inpaint_run, tmp_path, "--samples", 3, "--whole", "--order", "entropy")
+    assert [*results] == [f"image_00{i}_{k}" for i in range(2) for k in (1, 2, 3)]
+    samples = list(results.values())[:3]
+    side_by_side = np.asarray(Image.open(tmp_path / "out" / "rows" / "image_000.png"))
     assert (side_by_side == np.concatenate([image, *samples], axis=1)).all() and (samples[0] != samples[1]).any()
     patches = maskgit.image_patches(samples[0][None], 4, 4).reshape(16, -1)
     centroids = saved(inpaint_run)["tokenizer"].centroids
     assert all(np.abs(np.round(centroids * 255) - patch).max(axis=1).min() <= 1 for patch in patches)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "masks"),
+    [
+        ("cat cat2", "cat_mask cat2_mask"),
+        ("cat cat2", "mask-cat2 mask-cat"),
+        ("cat cat1 dog", "cat_mask cat_mask1 dog_mask01"),
+        ("a.1 a.2", "a.1.Masks a.2.masks"),
+        ("cat_1 dog_1", "cat_mask_1 dog_mask_1"),
+        ("image1 image2", "image1_mask001 image2_mask001"),
+        ("image_1 image_10", "mask_01 mask_010"),
+        ("IMG_0101_7 IMG_0102_7", "mask_0101_007 mask_0102_007"),
+        ("damask mask_1", "damask mask_1"),
+        ("cat dog", "dog bee: no mask .*cat.png"),
+        ("ant bee cow", "bee cow dog: no mask .*ant.png"),
+        ("cat", "cat dog: no picture .*dog.png"),
+        ("cat", "cat_mask1 cat_mask2: leave open .*cat.png, .*cat_mask1.png, .*cat_mask2.png"),
+        ("a_1 b_1", "mask_1 mask_2: leave open .*a_1.png, .*b_1.png, .*mask_1.png"),
+        ("a_mask_b mask_a_b", "mask_a_mask_b: leave open"),
+    ],
+)
+def test_masks_go_by_name(pictures, masks, tmp_path):
+    """Whatever the order of the files; hidden ones are none, and nothing is paired that could be another's."""
+    masks, _, said = masks.partition(": ")
+    expected = dict(zip(pictures.split(), masks.split(), strict=False))
+    expected = expected if masks.split()[0] != "mask-cat2" else {"cat": "mask-cat", "cat2": "mask-cat2"}
+    for folder, names in (("i", pictures), ("m", masks)):
+        for name in (*names.split(), "._hidden", ".hidden/x"):
+            (tmp_path / folder / ".hidden").mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / f"{name}.png").touch()
+    pair = functools.partial(inpaint.pair_files, tmp_path / "i", tmp_path / "m", tmp_path / "out")
+    if said:
+        assert re.search(said, refusal(pair))
+    else:
+        assert {picture.stem: mask.stem for picture, mask in pair()} == expected
+
+
+def test_one_folder_may_hold_both_and_one_the_other(tmp_path):
+    names = ["cat.jpg", "cat_mask.png", "masks/cat.png", "dog.webp", "masks/dog.gif", "dog_mask.tif"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    pair = functools.partial(inpaint.pair_files, out=tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cat.png").touch()
+    assert "belong together" in refusal(pair, tmp_path, tmp_path)
+    for name in ("cat_mask.png", "dog_mask.tif"):
+        (tmp_path / name).unlink()
+    for pairs in (pair(tmp_path, tmp_path / "masks"), [*pair(tmp_path / "cat.jpg", tmp_path / "masks"), None]):
+        assert len(pairs) == 2 and pairs[0] == (tmp_path / "cat.jpg", tmp_path / "masks" / "cat.png")
+    assert [mask.name for _, mask in pair(tmp_path, tmp_path / "masks" / "cat.png")] == ["cat.png"] * 3
+    shutil.rmtree(tmp_path / "masks")
+    assert "with and without 'mask'" in refusal(pair, tmp_path, tmp_path)
+    (tmp_path / "MASK_cat.bmp").touch()
+    (tmp_path / "dog.webp").unlink()
+    assert pair(tmp_path, tmp_path) == [(tmp_path / "cat.jpg", tmp_path / "MASK_cat.bmp")]
+
+
+VISIBLE = np.random.default_rng(0).random((9, 7)) < 0.7
+PALETTE = {"black and dark red": (0, 0, 0, 128, 0, 0), "white and black": (255, 255, 255, 0, 0, 0)}
+
+
+def palette_image(indices, colours):
+    image = Image.fromarray(indices.astype(np.uint8)).convert("P")
+    image.putdata(indices.astype(np.uint8).ravel().tolist())
+    image.putpalette(colours)
+    return image
+
+
+def with_alpha(grey, alpha):
+    return Image.merge("LA", [Image.fromarray(x.astype(np.uint8)) for x in (grey, alpha)])
+
+
+MASKS = {
+    "png": Image.fromarray(VISIBLE.astype(np.uint8) * 255),
+    "pbm": Image.fromarray(VISIBLE),
+    "0 and 1 png": Image.fromarray(VISIBLE.astype(np.uint8)),
+    "0 and 1 in colour png": Image.fromarray(VISIBLE.astype(np.uint8)[..., None].repeat(3, axis=2)),
+    "0 and 1 in 16 bits png": Image.fromarray(VISIBLE.astype(np.uint16)),
+    "soft png": Image.fromarray(np.where(VISIBLE, 230, 20).astype(np.uint8)),
+    "16 bits png": Image.fromarray(VISIBLE.astype(np.uint16) * 65535),
+    "floats tif": Image.fromarray(VISIBLE.astype(np.float32)),
+    "floats to 255 tif": Image.fromarray(VISIBLE.astype(np.float32) * 255),
+    "32 bits tif": Image.fromarray(VISIBLE.astype(np.int32) * 65535),
+    "index png": palette_image(VISIBLE, PALETTE["black and dark red"]),
+    "colours png": palette_image(~VISIBLE, PALETTE["white and black"]),
+    "gif": Image.fromarray(VISIBLE.astype(np.uint8) * 255),
+    "opaque png": with_alpha(VISIBLE * 255, np.full_like(VISIBLE, 255, np.uint8)),
+    "erased png: transparency": with_alpha(VISIBLE * 255, VISIBLE * 255),
+    "strokes png: transparency": with_alpha(VISIBLE * 0, ~VISIBLE * 255),
+    "grey png: its values are 128$": Image.fromarray(np.full((9, 7), 128, np.uint8)),
+    "photograph png: its values are .* more": Image.fromarray(np.arange(63, dtype=np.uint8).reshape(9, 7) * 3 + 30),
+    "labels png: its values are 0, 2$": Image.fromarray(VISIBLE.astype(np.uint8) * 2),
+    "bytes in 16 bits png: its values are 0, 255$": Image.fromarray(VISIBLE.astype(np.uint16) * 255),
+    "high floats tif: its values, 0 to 1.5, are no": Image.fromarray(VISIBLE.astype(np.float32) * 1.5),
+    "no numbers tif: are no brightness": Image.fromarray(np.where(VISIBLE, 1, np.nan).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_what_a_mask_says(kind, tmp_path):
+    name, _, said = kind.partition(": ")
+    mask = tmp_path / f"mask.{name.split()[-1]}"
+    picture = tmp_path / "picture.png"
+    MASKS[kind].save(mask)
+    Image.fromarray(noise_picture(0, 7, 9)).save(picture)
+    if said:
+        assert re.search(f"mask.* cannot be read: .*{said}", refusal(inpaint.read_pair, picture, mask, False))
+    else:
+        assert (inpaint.read_pair(picture, mask, False)[1] == ~VISIBLE).all()
+        assert (inpaint.read_pair(picture, mask, True)[1] == VISIBLE).all(), "inverted"
+
+
+RAMP = np.linspace(0, 1, 40).reshape(8, 5)
+DEEP = {
+    "png": (RAMP * 65535).astype(np.uint16),
+    "tif": (RAMP * 65535).astype(">u2"),
+    "tiff": RAMP.astype(np.float32),
+    "pfm": (RAMP * 255).astype(np.float32),
+    "jp2": (RAMP * 65535).astype(np.uint16),
+}
+
+
+@pytest.mark.parametrize("suffix", DEEP)
+def test_grey_levels_keep_their_brightness(suffix, tmp_path):
+    """In inpaint.py and fid.py alike."""
+    file = tmp_path / f"grey.{suffix}"
+    options = {"irreversible": False} if suffix == "jp2" else {}
+    Image.fromarray(DEEP[suffix]).save(file, **options)
+    expected = (RAMP * 255)[..., None].repeat(3, axis=2)
+    assert np.abs(np.asarray(inpaint.read_picture(file)) - expected).max() <= 1
+    assert np.abs(fid.read_image(file).astype(float) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(orientation, inpaint_run, tmp_path):
+    """As their EXIF says, in a training and when they are filled; the mask is as upright as the result."""
+    upright = noise_picture(0, 20, 16)
+    hole = np.zeros((16, 20), bool)
+    hole[:8, :10] = True
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = Image.fromarray(upright)
+    stored = stored.transpose(undo[orientation]) if orientation > 1 else stored
+    exif = Image.Exif()
+    exif[274] = orientation
+    (tmp_path / "i").mkdir()
+    stored.save(tmp_path / "i" / "a.webp", lossless=True, exif=exif)
+    Image.fromarray(~hole).save(tmp_path / "a.png")
+    assert (np.asarray(inpaint.read_picture(tmp_path / "i" / "a.webp")) == upright).all()
+    paths = ["--images", tmp_path / "i", "--masks", tmp_path / "a.png", "--out", tmp_path / "out"]
+    assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", "--device", "cpu", *paths) == 0
+    result = Image.open(tmp_path / "out" / "a.png")
+    assert not result.getexif() and (np.asarray(result)[~hole] == upright[~hole]).all()
+
+
+def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypatch, capsys):
+    """Broken off in its second batch it ends with the very same files, and works only on what is missing."""
+    write_pairs(tmp_path, *3 * [(16, 16, 0.5)])
+    out = tmp_path / "out"
+    filled = functools.partial(call, inpaint, "--checkpoint", inpaint_run / "model.pt", "--samples", 2)
+    once = [*paths_of(tmp_path, tmp_path / "once")]
+    twice = [*paths_of(tmp_path, out)]
+    monkeypatch.setattr(inpaint, "AT_ONCE", 2)
+    assert filled(*once) == 0
+    save = inpaint.save_result
+    with monkeypatch.context() as patch:
+        saves = itertools.count()
+        patch.setattr(inpaint, "save_result", lambda *a: save(*a) if next(saves) < 7 else os.fsync(-1))
+        assert filled(*twice) == 2
+    files = {file.relative_to(out): file.stat().st_mtime_ns for file in out.rglob("*.png")}
+    assert len(files) == 7 and not list(out.rglob("*.partial"))
+    (out / "image_000_1.png").unlink()
+    capsys.readouterr()
+    assert filled(*twice) == 2 and "exists; --resume fills what is missing" in capsys.readouterr().err
+    assert filled(*twice, "--resume") == 0
+    for file in (tmp_path / "once").rglob("*.png"):
+        assert file.read_bytes() == (out / file.relative_to(tmp_path / "once")).read_bytes()
+    now = {file: (out / file).stat().st_mtime_ns for file in files}
+    assert [str(file) for file in files if now[file] != files[file]] == ["image_000_1.png"]
+    for change in (["--seed", 1], ["--temperature", 2], ["--invert-masks"]):
+        assert filled(*twice, "--resume", *change) == 2
+        assert "comes" not in (said := capsys.readouterr().err) and "is the result of other pictures" in said
+    Image.fromarray(noise_picture(9, 16, 16)).save(tmp_path / "masked_image" / "image_002.png")
+    assert filled(*twice, "--resume") == 2 and "image_002" in capsys.readouterr().err
+    shutil.rmtree(out)
+    Image.new("L", (1, 1)).save(tmp_path / "mine.png")
+    out.mkdir()
+    (tmp_path / "mine.png").rename(out / "image_001_2.png")
+    for option in ([], ["--resume"]):
+        assert filled(*twice, *option) == 2 and [file.name for file in out.iterdir()] == ["image_001_2.png"]
+
+
+def test_memory_does_not_grow_with_the_pictures(inpaint_run, tmp_path, monkeypatch, capsys):
+    """Of 64 that are filled together one is in memory at full size; and where that is too much, one line says so."""
+    at_once = []
+    alive = []
+
+    class Full(np.ndarray):
+        pass
+
+    def read_pair(*arguments):
+        image, hole = read(*arguments)
+        image = image.view(Full)
+        alive.append(weakref.ref(image))
+        at_once.append(sum(each() is not None for each in alive))
+        return image, hole
+
+    read = inpaint.read_pair
+    write_pairs(tmp_path, *12 * [(48, 32, 0.5)])
+    monkeypatch.setattr(inpaint, "read_pair", read_pair)
+    assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "out")) == 0
+    assert len(at_once) == 36 and max(at_once) <= 2
+    for error in (
+        MemoryError("Unable to allocate 3.6 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        monkeypatch.setattr(inpaint, "read_pair", Mock(side_effect=error))
+        capsys.readouterr()
+        assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "new")) == 2
+        assert re.fullmatch("error: not enough memory: .*allocate.*\n", capsys.readouterr().err)
 
 
 def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
@@ -2092,9 +2320,10 @@ def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch)
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3))
     images, masks, out, other = (tmp_path / name for name in ("masked_image", "mask64", "out", "other.pt"))
-    damaged, small, fewer, others, empty = (tmp_path / name for name in "abcde")
-    for folder, source in ((damaged, images), (small, masks), (fewer, masks), (others, masks)):
+    damaged, small, fewer, others, mixed, empty = (tmp_path / name for name in "abcdef")
+    for folder, source in ((damaged, images), (small, masks), (fewer, masks), (others, masks), (mixed, images)):
         shutil.copytree(source, folder)
+    shutil.copytree(images, mixed / "again")
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
     Image.new("L", (8, 8)).save(small / "mask_001.png")
     (fewer / "mask_001.png").unlink()
@@ -2107,10 +2336,22 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
         (*by_run, "--images", tmp_path / "nothing", "no folder or file"),
         (*by_run, "--images", damaged, "image_001.png cannot be read"),
         (*by_run, "--masks", small, "mask_001.png is 8x8, .*image_001.png is 16x16"),
-        (*by_run, "--masks", fewer, "2 pictures, .* 1 masks"),
-        (*by_run, "--masks", others, "image_001.png and mask_007.png"),
+        (*by_run, "--masks", fewer, "no mask has .*image_001.png"),
+        (*by_run, "--masks", others, "no mask has .*image_001.png"),
+        (*by_run, "--images", fewer, "--masks", images, "no picture has .*image_001.png"),
         (*by_run, "--masks", empty, "holds no pictures"),
-        (*by_run, "--out", images, "image_000.png exists"),
+        (*by_run, "--out", images, "cannot be read from and written to"),
+        (*by_run, "--images", images / "image_000.png", "--out", images, "would be written to"),
+        (*by_run, "--images", mixed, "--masks", masks / "mask_000.png", "two pictures would become .*out/image_00"),
+        (*by_run, "--images", masks, "--masks", masks, "no names with and without 'mask'"),
+        (*by_run, "--images", "", "a name is empty"),
+        (*by_run, "--size", 16, "--steps", 4, "--size, --steps: only for a training"),
+        (*by_run, "--preset", "report", "--preset: only for a training"),
+        (*by_run, "--resume", "--force", "not allowed with"),
+        (*TINY_CATS, "--out", out, "--invert-masks", "--samples", 1, "--invert-masks, --samples: only for filling"),
+        (*TINY_CATS, "--out", out, "--data", "", "a name is empty"),
+        (*TINY_CATS, "--out", out, "--size", 8, "size is 8; it must be at least 11"),
+        (*TINY_CATS, "--out", out, "--see", 8, "unrecognized arguments"),
         (*by_run, "--checkpoint", other, "no checkpoint of inpaint.py"),
         (*by_run, "--checkpoint", images / "image_000.png", "damaged or no checkpoint"),
         (*by_run, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
@@ -2267,8 +2508,42 @@ def with_attention(state, *names):
     return found
 
 
+STUDENTS = [
+    ("bare", "qkv", "proj"),
+    ("under model, no bias", "to_qkv", "proj"),
+    ("bare", "q_linear", "k_linear", "v_linear", "out_linear"),
+    ("whole", "query", "key", "value", "output_layer"),
+    ("module", "Wq", "Wk", "Wv", "out"),
+    ("compiled", "W_Q", "W_K", "W_V", "W_O"),
+    ("lightning", "queries", "keys", "values", "fc"),
+    ("parts", "to_q", "to_k", "to_v", "to_out.0"),
+    ("extra", "linear_query", "linear_key", "linear_val", "linear"),
+    ("state dict", "w_qs", "w_ks", "w_vs", "dense"),
+    ("state dict", "qkv_q", "qkv_k", "qkv_v", "qkv_out"),
+    ("bare", "in_proj", "out_proj"),
+]
+
+
+def prefixed(weights, prefix):
+    return {f"{prefix}{n}": w for n, w in weights.items()}
+
+
+WRAPS = {
+    "bare": lambda state, _: state,
+    "under model, no bias": lambda state, _: {"epoch": 3, "model": state, "optimizer": {"state": {0: {"step": ONE}}}},
+    "whole": lambda state, tokenizer: whole_maskgit(tokenizer, state),
+    "module": lambda state, tokenizer: {"model": prefixed(whole_maskgit(tokenizer, state), "module.")},
+    "compiled": lambda state, _: dict(reversed(prefixed(state, "_orig_mod.").items())),
+    "lightning": lambda state, _: {"state_dict": prefixed(state, "model.transformer."), "loops": {"fit": {"a.b": 1}}},
+    "parts": lambda state, tokenizer: {"transformer": state, "vqgan": tokenizer},
+    "extra": lambda state, _: state | {"epoch": 7, "optimizer": {"param_groups": [{"lr": 0.1}]}},
+    "state dict": lambda state, _: {"model_state_dict": prefixed(state, "module._orig_mod."), "best_loss": 0.5},
+}
+ONE = torch.ones(1)
+
+
 def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path):
-    """Bare, under "model", or in a whole MaskGIT: the same tokens."""
+    """However it was saved: the same tokens."""
     tokenizer, state = reports
     assert len(state) == 189 and sum(w.numel() for w in state.values()) == 72_745_472
     mask = random_mask((1, 256), 0.3, seeded())
@@ -2278,16 +2553,15 @@ def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path
     take = Take(state)
     logits = transformer_by_its_formulas(take, hidden)[..., :1024]
     assert not take and logits.std() > 0.5
-    students = [("q_linear", "k_linear", "v_linear", "out_linear"), ("query", "key", "value", "output_layer")]
-    students = [with_attention(state, *names) for names in [*students, ("Wq", "Wk", "Wv", "out"), ("to_qkv", "proj")]]
-    students[1] = whole_maskgit(tokenizer, students[1])
-    students[3] = {"epoch": 3, "model": {n: w for n, w in students[3].items() if not n.endswith("qkv.bias")}}
-    for contents in [state, *students]:
-        torch.save(contents, tmp_path / "best.pth")
+    for wrap, *names in STUDENTS:
+        contents = with_attention(state, *names)
+        if "no bias" in wrap:
+            contents = {n: w for n, w in contents.items() if not n.endswith(f"{names[0]}.bias")}
+        torch.save(WRAPS[wrap](contents, tokenizer), tmp_path / "best.pth")
         model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
-        found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
-        assert torch.equal(found, torch.where(mask, logits.argmax(dim=-1), tokens))
-    np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
+        np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3, err_msg=str(names))
+    found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
+    assert torch.equal(found, torch.where(mask, logits.argmax(dim=-1), tokens))
 
 
 def test_files_of_anything_else_are_refused(reports, tmp_path, monkeypatch):
@@ -2305,18 +2579,23 @@ def test_files_of_anything_else_are_refused(reports, tmp_path, monkeypatch):
         ("vqgan", b"", "file.pt does not hold the reports' vqgan"),
         ("vqgan", whole[:-1000], "not a zip file"),
         ("vqgan", bytes(flipped), "another checksum"),
-        ("vqgan", Malicious(), "damaged or asks to run code"),
+        ("vqgan", Malicious(), r"damaged or asks to run code; torch.save\(model.state_dict"),
         ("vqgan", [three], "list"),
+        ("vqgan", {"epoch": 3}, "weights under no key; its 1 keys are 'epoch'"),
+        ("vqgan", {"model": tokenizer, "ema": tokenizer}, "weights under 'model', 'ema'; its 2 keys"),
         ("vqgan", state, "504 keys do not fit: .*'LN.bias'.* 189 keys are "),
         ("vqgan", tokenizer | {"loss.bias": three}, r"'loss.bias' is \(3,\) where nothing is expected"),
         ("vqgan", tokenizer | {"quant_conv.bias": three}, r"'quant_conv.bias' is \(3,\) where \(256,\)"),
         ("vqgan", tokenizer | {"quant_conv.bias": torch.full((256,), math.nan)}, "no numbers"),
         ("transformer", tokenizer, "no names; its 315 keys are 'encoder.model.0.weight'"),
-        ("transformer", with_attention(state, "heads", "proj"), "its attention has heads, proj;"),
-        ("transformer", state | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq, proj, qkv;"),
-        ("transformer", lacking, "'blocks.3.Attention.qkv.weight' is missing"),
+        ("transformer", with_attention(state, "kqv", "proj"), "its attention has kqv.bias, kqv.weight, proj"),
+        ("transformer", with_attention(state, "a.0", "a.1", "a.2", "a.3"), "its attention has a.0.bias, a.0.weight"),
+        ("transformer", with_attention(state, "q", "k", "v", "query"), "its attention has k.bias, k.weight, q.bias"),
+        ("transformer", state | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq.weight, proj.bias"),
+        ("transformer", state | {"blocks.0.Attention.scale": three}, "its attention has proj.bias, .*, scale;"),
+        ("transformer", lacking, "its attention has Wk.bias, Wq.bias"),
         ("transformer", state | {"transformer.bias": three}, "'transformer.bias' is"),
-        ("transformer", state | {"model": state}, "'model' is"),
+        ("transformer", state | {"model": state}, "weights under '', 'model'"),
     ]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         load = vqgan.load_vqgan if part == "vqgan" else vqgan.load_transformer
@@ -2331,7 +2610,7 @@ def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
     monkeypatch.setattr(inpaint, "fill", fill)
     options = [*paths_of(tmp_path, tmp_path / "out"), "--samples", 2, "--decode-steps", 2]
     assert call(vqgan, "--vqgan", whole, "--transformer", whole, *options) == 0
-    _, first, second = (np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").iterdir()))
+    first, second = (np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").glob("*.png")))
     assert all((filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any() for filled in (first, second))
     assert (first != second).any()
     tokenizer = fill.call_args.args[0]["tokenizer"]
@@ -2683,6 +2962,11 @@ def test_the_bias_of_small_sets(count):
     bound = fid.bias_at_least(a, b)
     bias = fid.fid_of(a, b) - 9
     assert (0.7 if count > 300 else 0.2) * bias < bound < 1.3 * bias
+    said = fid.bias_warning(a, b, fid.fid_of(a, b))
+    assert f"If the sets are independent, at least {bound:.2f} of this FID" in said
+    for copies in (x[::-1], x[: count * 5 // 6]):  # nearly the same images in another order, or fewer
+        c = fid.statistics_of([copies + 0.001], len(copies))
+        assert "The sets are not independent" in fid.bias_warning(a, c, fid.fid_of(a, c))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2725,8 +3009,9 @@ def two_folders(tmp_path_factory):
         for i, name in enumerate(["RGB.JPG", "L.bmp", "RGBA.png", "CMYK.jpeg", "P.png", "1.tif", "LA.png", "I;16.png"]):
             pixels = rng.integers(lightness, 200, (20 + i % 2 * 5, 30, 3), dtype=np.uint8)
             mode = name.split(".")[0]
-            image = Image.fromarray(pixels[..., 0].astype(np.uint16) if mode == "I;16" else pixels)
-            image.convert(mode).save(folder / name)
+            grey = Image.fromarray(257 * pixels[..., 0].astype(np.uint16))
+            image = grey if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+            image.save(folder / name)
         (folder / "notes.md").write_text("not an image")
     return folders
 
@@ -2736,7 +3021,10 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     features = []
     state = torch.load(inception_weights)
     for folder in two_folders:
-        images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.[!m]*"))]
+        opened = [Image.open(path) for path in sorted(folder.glob("*.[!m]*"))]
+        deep = opened.index(next(image for image in opened if image.mode == "I;16"))
+        opened[deep] = Image.fromarray((np.asarray(opened[deep]) // 257).astype(np.uint8))
+        images = [np.asarray(image.convert("RGB")) for image in opened]
         features.append(next(inception_by_functions(state, fid.network_input(images, "cpu"))).numpy())
     expected = pytest.approx(fid.frechet_distance_from_features(*features), rel=1e-4)
     (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3)
@@ -2775,6 +3063,9 @@ def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch,
     Path("text.npz").write_text("no archive")
     np.savez("unfit.npz", mu=np.zeros(64), sigma=np.eye(3))
     np.savez("other.npz", mean=np.zeros(3))
+    Path("cut").mkdir()
+    for name in "ab":
+        Image.fromarray(np.array([[0, 400.0 * (name == "b")]], np.float32)).save(f"cut/{name}.tif")
     for arguments, said in [
         ((good, "empty"), "empty holds 0 images"),
         (("single", good), "single holds 1 images"),
@@ -2788,14 +3079,62 @@ def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch,
         ((good, good, "--device", "x"), "device x cannot be used"),
         (("--save-stats", good, "stats.npz"), "stats.npz exists"),
         (("--save-stats", good, "no/a.npz"), "no folder"),
+        ((good, "cut"), "b.tif cannot be read: its values, 0 to 400, are no brightness"),
         (("--save-stats", "damaged", "new.npz"), "CMYK.jpeg cannot be read.*RGB.JPG cannot be read"),
     ]:
         assert re.search(said, refusal(call_fid, *arguments))
     assert not Path("new.npz").exists() and np.load("stats.npz")["mu"].shape == (64,)
-    for option in [("--batch-size", 0), ("--num-workers", -1), ("--dims", 5), ("--batch-size", "x")]:
+    Path("mine.npz.partial").write_text("somebody's")
+    with pytest.raises(FileExistsError):
+        call_fid("--save-stats", good, "mine")
+    assert Path("mine.npz.partial").read_text() == "somebody's" and not list(Path().glob("new*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "measured", None)  # what is impossible is said before the work
+        Path("locked.npz.partial").mkdir()
+        with pytest.raises(OSError, match="locked"):
+            call_fid("--save-stats", good, "locked")
+    capsys.readouterr()
+    for option in [("--batch-size", 0), ("--num-workers", -1), ("--dims", 5), ("--batch-size", "x"), ("--dims", "")]:
         with pytest.raises(SystemExit, match="2"):
             call_fid(good, good, *option)
         assert re.fullmatch("error: .*\n", capsys.readouterr().err)
+
+
+def test_large_images_are_shrunk_where_they_are_read_and_folders_below_are_told(tmp_path, capsys):
+    for name in ("large.png", "small.png", ".hidden.png", "below/c.png", "below/deep/d.JPG", "below/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise_picture(0, *((1400, 1100) if "large" in name else (20, 16)))).save(tmp_path / name, "PNG")
+    images = fid.ImageFolder(tmp_path)
+    assert f"{tmp_path}: 2 images in its subfolders are not counted" in capsys.readouterr().err
+    large, small = images
+    assert large.nbytes == 4 * 3 * 299 * 299 and small.shape == (16, 20, 3) and len(images) == 2
+    direct = [np.asarray(Image.open(tmp_path / name)) for name in ("large.png", "small.png")]
+    expected = torch.cat([fid.network_input([image], "cpu") for image in direct])
+    torch.testing.assert_close(fid.network_input([large, small], "cpu"), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fid.network_input([large], "cpu"), expected[:1], rtol=0, atol=1e-6)
+
+
+class Killed(torch.utils.data.Dataset):
+    """Images of which the second ends the process that reads it, as a system without memory does."""
+
+    folder = "photographs"
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_too_little_memory_ends_in_one_line():
+    with pytest.raises(RuntimeError) as killed:
+        list(fid.folder_features(Killed(), torch.nn.Conv2d(3, 1, 1), 1, num_workers=1))
+    for error in (MemoryError(), killed.value, torch.OutOfMemoryError("CUDA out of memory")):
+        assert fid.explained(error) == "not enough memory: lower --batch-size or --num-workers"
+    with pytest.raises(RuntimeError, match="shapes"):
+        fid.explained(RuntimeError("shapes do not fit"))
 
 
 def test_fid_as_a_program(two_folders, inception_weights):

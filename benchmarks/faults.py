@@ -52,7 +52,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ('with WithoutBf16() if self.recipe.precision == "float32"', "with WithoutBf16() if optimizer is None"),
         ("(logits / temperature).log_softmax(dim=-1)", "(logits / temperature).log_softmax(dim=0)"),
         (".masked_fill(~commits, model.mask_id)", ".masked_fill(commits, model.mask_id)"),
-        ("(at_start.double() * float", "(at_start.double().max() * float"),
+        ("share * count + ROUNDING", "share * max(at_start) + ROUNDING"),
         ("rank = ascending.argsort() -", "rank = ascending -"),
         ("(1 - state.step / state.steps) * gumbel", "(state.step / state.steps) * gumbel"),
         ("(ascending.cumsum(dim=1) > budget)", "(ascending > budget)"),

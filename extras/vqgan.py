@@ -11,7 +11,6 @@ that is trained here belongs to its VQGAN, whose weights model.pt names by their
 Written from a description of the files, and checked with random weights only (results/vqgan.json).
 """
 
-import hashlib
 import itertools
 import pickle
 import re
@@ -177,10 +176,7 @@ def load_vqgan(path, device, pixels="training"):
     """The VQGAN in a file, with the SHA-256 of its weights."""
     with torch.device("meta"):
         network = VQGAN(pixels=pixels)
-    digest = hashlib.sha256()
-    for tensor in load_weights(network, path, "vqgan").state_dict().values():
-        digest.update(tensor.contiguous().numpy())
-    network.sha256 = digest.hexdigest()
+    network.sha256 = inpaint.weights_digest(load_weights(network, path, "vqgan"))
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -191,19 +187,13 @@ def load_transformer(path, device):
 
 
 def load_weights(network, path, part, adapt=dict):
-    """The network with the weights of a stranger's file: they are the whole of it, lie under "model", or are that part
-    of a whole MaskGIT whose names begin with "vqgan." or "transformer."; adapt(weights) gives them the network's names.
-    ValueError if they are of anything else."""
+    """The network with the weights that a stranger's file has of that part of a MaskGIT, "vqgan" or "transformer";
+    adapt(weights) gives them the network's names. ValueError if they are of anything else."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        weights = maskgit.read_tensors(path, "cpu")
-        if isinstance(weights.get("model"), dict) and not any("." in name for name in weights):
-            weights = weights["model"]
-        if {name.partition(".")[0] for name in weights} <= {"vqgan", "transformer"}:
-            weights = {name.partition(".")[2]: weights[name] for name in weights if name.startswith(part)}
-        weights = adapt(weights)
-        shapes = [{n: tuple(getattr(w, "shape", ())) for n, w in s.items()} for s in (network.state_dict(), weights)]
+        weights = adapt(weights_of(maskgit.read_tensors(path, "cpu"), part))
+        shapes = [{n: tuple(w.shape) for n, w in s.items()} for s in (network.state_dict(), weights)]
         if wrong := [n for n in sorted(shapes[0] | shapes[1]) if shapes[0].get(n) != shapes[1].get(n)]:
             want = shapes[0].get(wrong[0], "nothing")
             have = shapes[1].get(wrong[0], "missing")
@@ -213,32 +203,77 @@ def load_weights(network, path, part, adapt=dict):
             raise ValueError("some of its weights are no numbers")
         network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        reason = "it is damaged or asks to run code" if isinstance(error, pickle.UnpicklingError) else error
+        code = "it is damaged or asks to run code; torch.save(model.state_dict(), FILE) asks for none"
+        reason = code if isinstance(error, pickle.UnpicklingError) else error
         raise ValueError(f"{path} does not hold the reports' {part}: {reason}".splitlines()[0]) from None
     return network.eval()
 
 
-# Query, key and value, in one matrix or three, then the output: each student's own names.
-ATTENTION_NAMES = ["qkv proj", "to_qkv proj", "q_linear k_linear v_linear out_linear"]
-ATTENTION_NAMES += ["query key value output_layer", "Wq Wk Wv out"]
+def weights_of(saved, part):
+    """The weights {name: tensor} of that part in what students save: bare, or with an epoch, an optimiser and the like
+    around them; alone or of a whole MaskGIT; as they are, or in the wrappers of torch.compile, of
+    DistributedDataParallel or of Lightning. ValueError if there are none, or several that may be meant."""
+    found = dict(state_dicts(saved))
+    found = {where: found[where] for where in found if part in where.split(".")} or found
+    if len(found) != 1:
+        raise ValueError(f"it has weights under {', '.join(map(repr, found)) or 'no key'}; {keys_of(saved)}")
+    ((_, weights),) = found.items()
+    while heads := {name.partition(".")[0] for name in weights}:
+        whole = heads <= {"vqgan", "transformer"}
+        if not whole and heads not in ({"module"}, {"_orig_mod"}, {"model"}):
+            break
+        weights = {name.partition(".")[2]: w for name, w in weights.items() if not whole or name.startswith(f"{part}.")}
+    return weights
+
+
+def state_dicts(saved, where=""):
+    """Yield the key and the tensors of every dict of weights in what was saved."""
+    tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
+    if any("." in str(name) for name in tensors):
+        yield where, tensors
+    for name, value in saved.items():
+        if isinstance(value, dict):
+            yield from state_dicts(value, f"{where}.{name}".strip("."))
 
 
 def one_attention(weights):
-    """A transformer's weights whose attention has one of ATTENTION_NAMES, by the names of maskgit.Attention."""
-    found = {match[1] for name in weights if (match := re.match(r"blocks\.\d+\.Attention\.(\w+)", name))}
-    known = next((names.split() for names in ATTENTION_NAMES if set(names.split()) == found), None)
-    if not known:
-        raise ValueError(f"its attention has {', '.join(sorted(found)) or 'no names'}; {keys_of(weights)}")
-    *inputs, output = known
-    weights = {name.replace(f".Attention.{output}.", ".Attention.out."): weights[name] for name in weights}
-    for i, kind in itertools.product(range(15), ("weight", "bias")):
-        names = [f"blocks.{i}.Attention.{name}.{kind}" for name in inputs]
-        parts = [weights.pop(name) for name in names if name in weights]
-        if len(parts) == len(inputs):
-            weights[f"blocks.{i}.Attention.qkv.{kind}"] = torch.stack(parts).flatten(0, 1)
-        elif kind == "bias" and not parts:
-            weights[f"blocks.{i}.Attention.qkv.bias"] = torch.zeros(3 * 768)  # R1 has none
-    return weights
+    """A transformer's weights, those of its attention by the names of maskgit.Attention, whatever each student calls
+    query, key, value, in one matrix or three, and the output."""
+    found = {name: w for name, w in weights.items() if ".Attention." not in name}
+    for i in range(15):
+        at = f"blocks.{i}.Attention."
+        own = {name.removeprefix(at): w for name, w in weights.items() if name.startswith(at)}
+        matrices = {name.removesuffix("weight"): w for name, w in own.items() if name.endswith("weight")}
+        inputs = query_key_value(matrices)
+        others = matrices.keys() - set(inputs)
+        known = {f"{name}{kind}" for name in matrices for kind in ("weight", "bias")}
+        if not inputs or len(others) != 1 or own.keys() - known:
+            raise ValueError(f"its attention has {', '.join(sorted(own)) or 'no names'}; {keys_of(weights)}")
+        for ours, theirs in (("qkv", inputs), ("out", others)):
+            found[f"{at}{ours}.weight"] = torch.cat([matrices[name] for name in theirs])
+            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # R1 has none
+            found[f"{at}{ours}.bias"] = torch.cat(biases)
+    return found
+
+
+MENTIONS = (r"quer(?:y|ies)|q", "keys?|k", r"val(?:ues?)?|v")
+
+
+def query_key_value(matrices):
+    """The names of the matrix (2304, 768) of all three, or of those whose names differ in nothing but the mention of
+    one of them; () where that is not clear."""
+    if together := [name for name, w in matrices.items() if len(w) == 3 * 768]:
+        orders = ["".join(order) for order in itertools.permutations("qkv") if order != ("q", "k", "v")]
+        return together if not any(order in name.lower() for name in together for order in orders) else ()
+    triples = []
+    for names in itertools.permutations(matrices, 3):
+        blanked = []
+        for name, mention in zip(names, MENTIONS, strict=True):
+            found = re.finditer(mention, name.lower())
+            blanked.append({name.lower()[: one.start()] + "#" + name.lower()[one.end() :] for one in found})
+        if set.intersection(*blanked):
+            triples.append(names)
+    return triples[0] if len(triples) == 1 else ()
 
 
 def keys_of(weights):
@@ -283,6 +318,7 @@ def parse_arguments():
     given = [arguments.transformer or arguments.checkpoint, arguments.images, arguments.masks]
     if any(given) and not all(given):
         parser.error("--transformer or --checkpoint fills --images by their --masks: name all three")
+    inpaint.require_flags(parser, any(given))
     if filling.evidence or filling.sample == "mean":
         parser.error(
             "--evidence and --sample mean need a centroid in pixels for each code, which a VQGAN does not have"
