@@ -1486,7 +1486,8 @@ def test_batches_depend_on_the_step_alone(tokenizer):
     assert {4, 16} < set(counts) <= set(range(4, 17)) and 80 < few < 120
     # Of 2 rectangles, whatever the step, there are two pictures and two sets of fixed points.
     for task, fixed_points, shown in (("grid", False, 0), ("sparse", True, 2)):
-        options = replace(options, task=task, rectangles=2, fixed_points=fixed_points)
+        points = (5,) if fixed_points else (24,)
+        options = replace(options, task=task, rectangles=2, fixed_points=fixed_points, points=points)
         batch = train_rectangles.make_batch(tokenizer, options)
         assert len({str(row) for step in range(5) for row in batch(step)[shown].tolist()}) == 2
 
@@ -1690,6 +1691,11 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         ("there is no checkpoint", "--resume", "--resume --out nowhere"),
         ("Not a directory", "--out file/run", ""),
         ("need a number of rectangles", "", "--fixed-points"),
+        ("are for the sparse task", "", "--rectangles 5 --fixed-points, --points 5"),
+        ("a name is empty", "--out=, --json=", "--out="),
+        ("not allowed with", "--resume --force", "--force --resume"),
+        ("unrecognized arguments", "--step 5", "--pre float32"),
+        ("below 9223372036854775808", f"--seed {2**63}", f"--seed {2**64}"),
         ("run of another script", "", "--resume --out squares"),
     ],
 )
@@ -1726,14 +1732,28 @@ def test_pictures_of_a_folder(tmp_path, capsys):
     Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "clear.png")
     Image.new("CMYK", (8, 8)).save(tmp_path / "white.jpg")
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    turned = Image.Exif()
+    turned[274] = 3
+    Image.fromarray(noise_picture(2)[::-1, ::-1]).save(tmp_path / "turned.webp", lossless=True, exif=turned)
     (tmp_path / "readme.txt").write_text("no picture")
-    split, digest = inpaint.open_pictures(tmp_path, None, 8, None)
+    (tmp_path / "deep" / "film.mpg").write_text("no picture")
+    out = tmp_path / "deep" / "out"
+    for hidden in (out, tmp_path / ".trash"):
+        hidden.mkdir()
+        Image.fromarray(noise_picture(100)).save(hidden / "no data.png")
+    Image.fromarray(noise_picture(101)).save(tmp_path / "._0.png")
+    split, digest = inpaint.open_pictures(tmp_path, None, 8, None, out)
     found = np.concatenate(split)
     assert found.shape == (85, 8, 8, 3) and len({image.tobytes() for image in found}) == 85
     for colour in [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]:
         assert (found == colour).all(axis=(1, 2, 3)).sum() == 1
     shown = capsys.readouterr()
-    assert "85 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+    assert "85 distinct pictures, 3 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+    assert "left out as no pictures: 1 .mpg, 1 .txt" in shown.out
+    assert "cannot be read from and written to" in refusal(inpaint.open_pictures, tmp_path, None, 8, None, tmp_path)
+    assert inpaint.open_pictures(tmp_path, None, 8, None, out)[1] == digest
+    Image.fromarray(noise_picture(102)).save(tmp_path / "0.png")
+    assert inpaint.open_pictures(tmp_path, None, 8, None, out)[1] != digest
 
 
 def test_more_pictures_never_move_one_to_another_part(monkeypatch):
@@ -1944,7 +1964,8 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
 
 
 def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
-    """Broken off, it resumes to the very same weights; finished, it is scored again, with other options."""
+    """Broken off, it resumes to the very same weights, also from moved pictures, but not from others; finished, it is
+    scored again, with other options. Results in the folder are no pictures of it."""
     save = maskgit.save_checkpoint
 
     def stop_at_step_2(*arguments, step, **options):
@@ -1956,14 +1977,27 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     cats.mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
         Image.fromarray(cat).save(cats / f"{i}.png")
+    once = cats / "runs"
     options = [*TINY_CATS, "--data", cats, "--out"]
     assert call(inpaint, *options, once) == 0
+    shutil.copytree(once, tmp_path / "once")
+    once = tmp_path / "once"
+    shutil.rmtree(cats / "runs")
     assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)
         patch.setattr(maskgit, "save_checkpoint", stop_at_step_2)
         assert call(inpaint, *options, twice) == 2
     assert saved(twice)["step"] == 2
+    cats.rename(tmp_path / "moved")
+    options[-2] = tmp_path / "moved"
+    changed = tmp_path / "moved" / "3.png"
+    before = changed.read_bytes()
+    Image.fromarray(noise_picture(0, 20, 20)).save(changed)
+    capsys.readouterr()
+    assert call(inpaint, *options, twice, "--resume") == 2
+    assert "was trained with pictures_sha256=" in capsys.readouterr().err
+    changed.write_bytes(before)
     for change in ([], ["--score-seeds", 2, "--order", "random"]):
         assert call(inpaint, *options, twice, "--resume", *change) == 0
         assert torch.equal(saved_weights(once), saved_weights(twice))
@@ -2542,8 +2576,18 @@ WRAPS = {
 ONE = torch.ones(1)
 
 
-def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path):
-    """However it was saved: the same tokens."""
+@pytest.mark.parametrize(("wrap", "names"), [(wrap, names) for wrap, *names in STUDENTS])
+def test_each_students_names_and_wrappers_are_the_same_weights(wrap, names, reports):
+    tokenizer, state = reports
+    contents = with_attention(state, *names)
+    if "no bias" in wrap:
+        contents = {n: w for n, w in contents.items() if not n.endswith(f"{names[0]}.bias")}
+    found = vqgan.one_attention(vqgan.weights_of(WRAPS[wrap](contents, tokenizer), "transformer"))
+    expected = {n.replace("Attention.proj", "Attention.out"): w for n, w in state.items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], w) for n, w in expected.items())
+
+
+def test_a_transformer_by_its_formulas(reports, tmp_path):
     tokenizer, state = reports
     assert len(state) == 189 and sum(w.numel() for w in state.values()) == 72_745_472
     mask = random_mask((1, 256), 0.3, seeded())
@@ -2553,13 +2597,9 @@ def test_a_transformer_by_its_formulas_and_each_students_names(reports, tmp_path
     take = Take(state)
     logits = transformer_by_its_formulas(take, hidden)[..., :1024]
     assert not take and logits.std() > 0.5
-    for wrap, *names in STUDENTS:
-        contents = with_attention(state, *names)
-        if "no bias" in wrap:
-            contents = {n: w for n, w in contents.items() if not n.endswith(f"{names[0]}.bias")}
-        torch.save(WRAPS[wrap](contents, tokenizer), tmp_path / "best.pth")
-        model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
-        np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3, err_msg=str(names))
+    torch.save(state, tmp_path / "best.pth")
+    model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
+    np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
     found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
     assert torch.equal(found, torch.where(mask, logits.argmax(dim=-1), tokens))
 

@@ -61,6 +61,8 @@ class Rectangles(maskgit.Experiment):
             raise ValueError("points takes one number, or the fewest and the most")
         if self.fixed_points and not self.rectangles:
             raise ValueError("fixed points need a number of rectangles")
+        if self.task == "grid" and (self.fixed_points or self.points != (24,)):
+            raise ValueError("points and fixed points are for the sparse task")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -237,7 +239,8 @@ def fill(model, test, **options):
     """The test's tokens with the hidden ones filled in by decode: (B, T)."""
     options = {"order": ORDER} | options
     device = next(model.parameters()).device
-    tokens, mask, coords = (torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, test.points))
+    points = test.points.astype(np.float32)
+    tokens, mask, coords = (torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, points))
     generator = torch.Generator(device).manual_seed(TEST_SEED)
     return maskgit.decode(model, tokens, mask, coords.float(), generator=generator, **options).cpu().numpy()
 

@@ -194,8 +194,9 @@ def follow_images(model, prior, tokens, mask, device, order, **options):
 
     def true_tokens(state):
         tokens = truth[state.image, state.place]
-        chance = state.log_probs.gather(-1, tokens[:, None])[:, 0].double()
-        chances.append(torch.zeros_like(truth, dtype=torch.float64).index_put((state.image, state.place), chance))
+        chance = state.log_probs.gather(-1, tokens[:, None])[:, 0].cpu().double()
+        at = (state.image.cpu(), state.place.cpu())
+        chances.append(torch.zeros(truth.shape, dtype=torch.float64).index_put(at, chance))
         return tokens
 
     def blind(state):
@@ -210,9 +211,9 @@ def follow_images(model, prior, tokens, mask, device, order, **options):
     fill(model, truth, hidden, device, **options)
     if not torch.equal(untouched, generator.get_state()):
         raise ValueError("an order that draws numbers cannot be followed")
-    committed = [chance.masked_fill(left, 0) for chance, (_, left) in zip(chances, trace, strict=True)]
+    committed = [chance.masked_fill(left.cpu(), 0) for chance, (_, left) in zip(chances, trace, strict=True)]
     table = torch.zeros(2, len(shown), len(prior), dtype=torch.float64)
-    table[0, row, image] = torch.stack(committed).sum(dim=(0, 2)).exp().cpu()
+    table[0, row, image] = torch.stack(committed).sum(dim=(0, 2)).exp()
     table[1, row, image] = network_calls(hidden, trace)
     found, calls = table[:, which]
     return found, calls
