@@ -517,7 +517,8 @@ def bias_warning(a, b, distance):
 
 def explained(error):
     """A line for the user, where he can do something about the error; or else it is raised again."""
-    if isinstance(error, RuntimeError) and not re.search(r"memory|DataLoader worker \(pid", str(error)):
+    shortage = r"out of memory|allocate memory|DataLoader worker \(pid"
+    if isinstance(error, RuntimeError) and not re.search(shortage, str(error)):
         raise error
     lacking = "not enough memory: lower --batch-size or --num-workers"
     return lacking if isinstance(error, (MemoryError, RuntimeError)) else error

@@ -140,11 +140,15 @@ def picture_files(path, apart=()):
     others = collections.Counter()
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
-        if any(part.startswith(".") for part in inside.parts) or not file.is_file():
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not apart.isdisjoint([root / inside, *(root / part for part in inside.parents[:-1])]):
             continue
-        if apart.isdisjoint([root / inside, *(root / part for part in inside.parents[:-1])]):
-            others[file.suffix.lower() or "no suffix"] += file.suffix.lower() not in known
-            files += [file] * (file.suffix.lower() in known)
+        if file.is_dir():
+            others["linked folder"] += file.is_symlink()  # Python does not look into it
+        elif file.suffix.lower() in known:
+            files.append(file)
+        else:
+            others[file.suffix.lower() or "no suffix"] += 1
     if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
         print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
@@ -734,16 +738,18 @@ def name_keys(name, is_mask):
 def pair_by_name(pictures, masks):
     """{picture: mask} of those that belong together; ValueError where their names leave that open."""
     pairs = {}
+    taken = set()
     for rule in range(5):
         groups = collections.defaultdict(lambda: (set(), set()))  # of each key its pictures and its masks
-        for file in (pictures | masks).difference(pairs, pairs.values()):
+        for file in (pictures | masks).difference(pairs, taken):
             for key in name_keys(file.stem, file in masks)[rule]:
                 groups[key][file in masks].add(file)
         for some, theirs in groups.values():
             if some and theirs:
-                if len(some | theirs) > 2 or theirs <= set(pairs.values()):
+                if len(some | theirs) > 2 or theirs <= taken:
                     raise ValueError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
-                pairs[some.pop()] = theirs.pop()
+                pairs[min(some)] = min(theirs)
+                taken |= theirs
     return pairs
 
 
@@ -813,11 +819,6 @@ def shrunk(image, hole, size):
     return small[0], small[1] > 0
 
 
-def enlarged(filled, image, hole):
-    """The picture (H, W, 3) with its hole (H, W) from a smaller one."""
-    return paste(image, hole, np.asarray(Image.fromarray(filled).resize(hole.shape[::-1], Image.Resampling.BICUBIC)))
-
-
 def open_model(path, device):
     """The checkpoint of a run of this script."""
     checkpoint = maskgit.load_checkpoint(path, device)
@@ -865,50 +866,56 @@ def examine(pairs, invert, way):
     return digest.hexdigest()
 
 
-def is_result(file, digest):
-    """Whether the file is there; ValueError if it is not the result of what has that digest."""
-    if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
-        raise ValueError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
-    return file.exists()
+def require_results(files, digest):
+    """ValueError if one of the files is there, but not a result of what has that digest."""
+    for file in files:
+        if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
+            raise ValueError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
 
 
-def save_result(file, pixels, digest):
+def write_results(results, image, hole, filled, digest):
+    """The picture (H, W, 3) with its hole (H, W) from each of the smaller ones, and if these are several all in a row;
+    of the files of results {file: whether it is missing} those that are."""
+    pictures = []
+    for small in filled:
+        large = Image.fromarray(small).resize(hole.shape[::-1], Image.Resampling.BICUBIC)
+        pictures.append(paste(image, hole, np.asarray(large)))
+    if len(results) > 1:
+        pictures.append(np.concatenate([image, *pictures], axis=1))
     header = PngImagePlugin.PngInfo()
     header.add_text("filling", digest)
-    with maskgit.whole_file(file) as whole:
-        Image.fromarray(pixels).save(whole, format="PNG", pnginfo=header)
+    for (file, missing), pixels in zip(results.items(), pictures, strict=True):
+        if missing:
+            with maskgit.whole_file(file) as whole:
+                Image.fromarray(pixels).save(whole, format="PNG", pnginfo=header)
 
 
 def fill_files(checkpoint, size, filling, arguments, seed):
     """Fill the holes of files by a model of pictures of that size: a PNG for each; with --samples a PNG for each of
     those, and all in a row. All files are read before one is written. Results carry a digest of what they were made
     of, by which --resume knows them."""
-    invert, whole = arguments.invert_masks, arguments.whole
     pairs = pair_files(arguments.images, arguments.masks, arguments.out)
     results = [result_files(picture, arguments.out, arguments.samples) for picture, _ in pairs]
     require_free(itertools.chain(*results), pairs, arguments.force or arguments.resume)
-    way = [asdict(filling), seed, arguments.samples, whole, size, weights_digest(checkpoint["model"])]
+    way = [asdict(filling), seed, arguments.samples, arguments.whole, size, weights_digest(checkpoint["model"])]
     way.append(getattr(checkpoint["tokenizer"], "sha256", None))
     batches = [slice(start, start + AT_ONCE) for start in range(0, len(pairs), AT_ONCE)]
-    digests = [examine(pairs[rows], invert, [way, rows.start]) for rows in batches]
-    finished = set()
+    digests = [examine(pairs[rows], arguments.invert_masks, [way, rows.start]) for rows in batches]
     if arguments.resume:
         for rows, digest in zip(batches, digests, strict=True):
-            finished.update(file for file in itertools.chain(*results[rows]) if is_result(file, digest))
+            require_results(itertools.chain(*results[rows]), digest)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for rows, digest in zip(batches, digests, strict=True):
-        if finished.issuperset(itertools.chain(*results[rows])):
+        missing = [{file: arguments.force or not file.exists() for file in files} for files in results[rows]]
+        if not any(any(files.values()) for files in missing):
             continue
-        small = [shrunk(*read_pair(*pair, invert), size) for pair in pairs[rows]]
+        small = [shrunk(*read_pair(*pair, arguments.invert_masks), size) for pair in pairs[rows]]
         images, holes = map(np.stack, zip(*small, strict=True))
         seeds = [maskgit.step_seed(seed, rows.start, i) for i in range(arguments.samples)]
-        samples = [fill(checkpoint, images, holes, filling, each, whole=whole) for each in seeds]
-        for pair, files, *filled in zip(pairs[rows], results[rows], *samples, strict=True):
-            image, hole = read_pair(*pair, invert)
-            pictures = [enlarged(one, image, hole | whole) for one in filled]
-            pictures += [np.concatenate([image, *pictures], axis=1)] * (len(files) > 1)
-            for file, pixels in zip(files, pictures, strict=True):
-                if file not in finished:
-                    save_result(file, pixels, digest)
+        samples = [fill(checkpoint, images, holes, filling, each, whole=arguments.whole) for each in seeds]
+        for pair, files, *filled in zip(pairs[rows], missing, *samples, strict=True):
+            image, hole = read_pair(*pair, arguments.invert_masks)
+            write_results(files, image, hole | arguments.whole, filled, digest)
     print(f"{len(pairs)} pictures filled at the model's {size}x{size}, only their holes pasted back: {arguments.out}")
 
 

@@ -639,6 +639,7 @@ def check_mask(tokens, mask):
 def check_tokens(tokens, codes):
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens are integers, not {tokens.dtype}")
+    tokens = tokens.long()  # a byte compares with 1024 as with 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
         span = f"{int(tokens.min())} .. {int(tokens.max())}"
         raise ValueError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
@@ -745,9 +746,9 @@ class Recipe(Settings):
 
 def fast_precision(device):
     """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
-    cuda = device.type == "cuda"
-    native = torch.cuda.get_device_capability(device) >= (8, 0) if cuda else torch.cpu._is_avx512_bf16_supported()
-    native &= device.type != "mps"
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
     return "bf16" if native else "float32"
 
 
@@ -775,6 +776,8 @@ def train(
     recipe = recipe.on(device)
     network = model
     model = unwrapped(model)
+    if best_by and not validate:
+        raise ValueError(f"without validate there is no {best_by!r} to choose the best model by")
     run = Run(model, recipe, out, best_by)
     if out:
         require_no_run(out, resume, force)
@@ -939,7 +942,7 @@ class Run:
             row |= validated(figures, row, self.best_by)
         self.history.append(row)
         self.loss_sum = 0.0
-        if self.best_by and row.get(self.best_by, math.nan) <= self.lowest():
+        if self.best_by and row[self.best_by] <= self.lowest():
             self.best = copy.deepcopy(self.model)
         if self.path:
             columns = list(dict.fromkeys(name for past in self.history for name in past))
@@ -949,7 +952,7 @@ class Run:
 
     def lowest(self):
         """The lowest of the column `best_by` so far; inf if there is no number in it."""
-        figures = [row.get(self.best_by, math.nan) for row in self.history]
+        figures = [row[self.best_by] for row in self.history]
         return min((figure for figure in figures if not math.isnan(figure)), default=math.inf)
 
     def written(self):
@@ -1242,7 +1245,7 @@ def run_as_script(main):
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         lacking = f"not enough memory: {error}".splitlines()[0]
         print(f"error: {error if isinstance(error, (ValueError, OSError)) else lacking}", file=sys.stderr)

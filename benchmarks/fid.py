@@ -3,8 +3,8 @@
     python -m pip install -r benchmarks/requirements.txt
     python benchmarks/fid.py --images FOLDER --json results/fid.json
 
-The photographs are put into two folders as png, jpg, greyscale, alpha, CMYK and 16-bit images by turns, more of them
-than a layer has features, since pytorch-fid needs that. Everything is called as its command line calls it.
+The photographs are put into two folders as png, jpg, greyscale, alpha and CMYK images by turns, more of them than a
+layer has features, since pytorch-fid needs that. Everything is called as its command line calls it.
 """
 
 import contextlib
@@ -39,7 +39,6 @@ FORMS = {
     "grey": lambda image: (image.convert("L"), "png"),
     "alpha": lambda image: (Image.merge("RGBA", (*image.split(), image.convert("L"))), "png"),
     "cmyk": lambda image: (image.convert("CMYK"), "jpg"),
-    "16-bit": lambda image: (Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 2), "png"),
 }
 
 
