@@ -2361,6 +2361,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     for folder, source in ((damaged, images), (small, masks), (fewer, masks), (others, masks), (mixed, images)):
         shutil.copytree(source, folder)
     shutil.copytree(images, mixed / "again")
+    (tmp_path / "link").symlink_to(images)
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
     Image.new("L", (8, 8)).save(small / "mask_001.png")
     (fewer / "mask_001.png").unlink()
@@ -2378,7 +2379,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
         (*by_run, "--images", fewer, "--masks", images, "no picture has .*image_001.png"),
         (*by_run, "--masks", empty, "holds no pictures"),
         (*by_run, "--out", images, "cannot be read from and written to"),
-        (*by_run, "--images", images / "image_000.png", "--out", images, "would be written to"),
+        (*by_run, "--images", images / "image_000.png", "--out", tmp_path / "link", "--force", "would be written to"),
         (*by_run, "--images", mixed, "--masks", masks / "mask_000.png", "two pictures would become .*out/image_00"),
         (*by_run, "--images", masks, "--masks", masks, "no names with and without 'mask'"),
         (*by_run, "--images", "", "a name is empty"),
