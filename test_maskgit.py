@@ -765,6 +765,12 @@ def striped_batch(step):
     return tokens, random_mask(tokens.shape, torch.rand(24, generator=generator), generator), grid_coords(3, 3)
 
 
+def placed_batch(step):
+    """The same, each image with its own coordinates."""
+    tokens, mask, coords = striped_batch(step)
+    return tokens, mask, coords + torch.arange(24)[:, None, None]
+
+
 def broken_off_at(stop, step):
     if step == stop:
         raise KeyboardInterrupt
@@ -2735,7 +2741,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
 PARALLEL = {
     train_squares: [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
-    train_rectangles: ["--task", "sparse", *SMALL, *ADAMW, "--precision", "float32"],
     inpaint: [*TINY_CATS, *ADAMW],
 }
 STARTS = """
@@ -2764,14 +2769,14 @@ AGAIN = """
 import os, sys, time, torch
 from pathlib import Path
 from maskgit import train
-from test_maskgit import recipe, striped_batch, tiny_model
+from test_maskgit import placed_batch, recipe, tiny_model
 
 for name in ("first", "second", "own"):
     if os.environ["RANK"] == "0":
         time.sleep(0.5)  # the other one would find an earlier address
     if name == "own":
         torch.distributed.init_process_group("gloo")
-    train(tiny_model(codes=2), striped_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
+    train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
     assert torch.distributed.is_initialized() == (name == "own")
 """
 
@@ -2782,7 +2787,7 @@ def test_processes_may_train_again_and_in_a_group_of_their_own(tmp_path):
     command = [*TORCHRUN, str(tmp_path / "again.py"), str(tmp_path)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert finished.returncode == 0, finished.stderr
-    alone, _ = trained(steps=3, lr=0.001)
+    alone, _ = trained(placed_batch, steps=3, lr=0.001)
     for name in ("first", "second", "own"):
         torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
 
@@ -3196,18 +3201,16 @@ def test_fid_as_a_program(two_folders, inception_weights):
 # The README
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_readme_examples_run_on_a_copy_of_maskgit(whole, tmp_path):
-    """Word for word, one after the other, also on a copy that ends before the scripts' part; it saves and resumes."""
+def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
+    """Word for word, one after the other, on a copy that ends before the scripts' part; it saves and resumes."""
     examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
     assert len(examples) == 3 and len(examples[2].splitlines()) < 10
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     source = (HERE / "maskgit.py").read_text()
     maskgit.save_checkpoint(tmp_path / "runs" / "squares" / "model.pt", tiny_model(codes=2))
-    if not whole:
-        more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
-    (tmp_path / "maskgit.py").write_text(source if whole else source[: source.index("# For the scripts\n")])
+    more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
+    (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
     (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
