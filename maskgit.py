@@ -881,7 +881,7 @@ class Run:
         self.lr = 0.0  # of the last step, as is
         self.gradient_norm = 0.0  # before it was clipped
         self.started = time.monotonic()
-        self.printed = self.started
+        self.printed = [(self.started, 0)]  # when and at which step, in the last seconds
         self.checkpointed = self.started
         self.last_written = self.written()
 
@@ -922,11 +922,14 @@ class Run:
         """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
         terminal = sys.stderr.isatty()
         now = time.monotonic()
-        if last or now - self.printed > (1 if terminal else 10):
-            self.printed = now
+        if last or now - self.printed[-1][0] > (1 if terminal else 10):
+            self.printed = [mark for mark in self.printed if now - mark[0] < 10] or self.printed[-1:]
+            since, before = self.printed[0]
+            self.printed.append((now, self.step))
+            speed = (self.step - before) / (now - since)
             steps = self.recipe.steps
-            minutes, seconds = divmod(round((steps - self.step) * self.seconds / self.step), 60)
-            line = f"step {self.step}/{steps}  loss {self.mean_loss():.4f}  {self.step / self.seconds:.1f} steps/s  "
+            minutes, seconds = divmod(round((steps - self.step) / speed), 60)
+            line = f"step {self.step}/{steps}  loss {self.mean_loss():.4f}  {speed:.1f} steps/s  "
             end = "\r" if terminal and not last else "\n"
             print(f"{line}{minutes}:{seconds:02d} left   ", end=end, file=sys.stderr, flush=True)
 
@@ -990,6 +993,7 @@ class Run:
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path} holds no training that fits this run: {error}".splitlines()[0]) from None
         self.best = checkpoint["model"] if self.best_by and self.lowest() < math.inf else None
+        self.printed = [(self.started, self.step)]
         self.started -= self.seconds
 
 

@@ -941,6 +941,29 @@ def test_checkpoints_are_two_minutes_apart(tmp_path, monkeypatch):
     assert found == [0, 0, 0, 3, 3, 3, 6, 6, 6]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_time_left_is_that_of_the_last_seconds(terminal, tmp_path, monkeypatch, capsys):
+    """Ten steps take a minute, the others two seconds each, also in a run that was broken off and resumed."""
+    now = 0.0
+    monkeypatch.setattr(maskgit.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+
+    def batch(stop, step):
+        nonlocal now
+        now += 60 if step < 10 else 2
+        return broken_off_at(stop, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(functools.partial(batch, 25), steps=40, out=tmp_path)
+    trained(functools.partial(batch, None), steps=40, out=tmp_path, resume=True)
+    said = capsys.readouterr().err.replace("\r", "\n")
+    lines = re.findall(r"step (\d+)/40 .* (\d+):(\d+) left", said)
+    left = [(int(step), 60 * int(minutes) + int(seconds)) for step, minutes, seconds in lines]
+    assert left[:10] == [(step, 60 * (40 - step)) for step in range(1, 11)]
+    late = [seconds == 2 * (40 - step) for step, seconds in left if step > 20]
+    assert all(late) and len(late) == (25 if terminal else 5)
+
+
 def test_the_best_validated_model_is_kept(tmp_path, checkpoints_at):
     """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
     seen = []
