@@ -22,10 +22,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
-# Threads that wait for each other sleep. As torch has it they keep a core busy first, which beside other work costs
-# more than it saves. It is read when torch is imported, so this module comes before torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -839,13 +835,11 @@ GROUPS = itertools.count()
 
 def start_group(device):
     """Let the processes that torchrun started find each other, each time under a name of its own: the addresses of an
-    earlier group are still there. On a CPU they share its cores; torchrun would leave each a single one."""
+    earlier group are still there."""
     store, rank, world = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def backward(network, inputs, targets, counted, coords, accumulate):

@@ -26,15 +26,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
-import fid
-import inpaint
-import maskgit
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fid
+import inpaint
+import maskgit
 import train_rectangles
 import train_squares
+from benchmarks import ablation, filling, remedies, samplers
+from extras import vqgan
 from maskgit import (
     ORDERS,
     SCHEDULES,
@@ -47,11 +52,6 @@ from maskgit import (
     train,
     training_mask,
 )
-from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from benchmarks import ablation, filling, remedies, samplers
-from extras import vqgan
 
 HERE = Path(__file__).resolve().parent
 
@@ -2801,7 +2801,6 @@ for name in ("first", "second", "own"):
         torch.distributed.init_process_group("gloo")
     train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
     assert torch.distributed.is_initialized() == (name == "own")
-    assert torch.get_num_threads() == max(1, os.cpu_count() // 2)
 """
 
 
@@ -3262,21 +3261,6 @@ def test_files_without_orders_are_refused(tmp_path, capsys):
         (tmp_path / name).write_text(text)
         assert call(samplers, tmp_path / name) == 2
         assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("name", ["train_squares", "train_rectangles", "inpaint"])
-def test_threads_that_wait_sleep_unless_somebody_wants_it_otherwise(name):
-    """The variable is there when a script imports torch, whose threads read it then."""
-    spy = f"""import os, sys
-sys.modules["torch"] = None
-try:
-    import {name}
-except ImportError:
-    print(os.environ["OMP_WAIT_POLICY"])"""
-    for given, expected in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | given
-        found = subprocess.run([sys.executable, "-c", spy], cwd=HERE, env=environment, capture_output=True, text=True)
-        assert found.stdout.strip() == expected, found.stderr
 
 
 FLAGS = {

@@ -7,16 +7,12 @@ scored on every position. The variants take turns, each in a process of its own,
 (keep_freed_memory) holds for a whole process: medians of three steps after one untimed, and of those. Besides:
 images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
 
---waiting only measures a training step of the squares' size, with threads that wait as torch has it or as maskgit.py
-has it, alone and beside four busy processes.
-
 On a CPU also how time and memory grow with tokens, batch, codes and images, of a model of 192 dimensions and 6 blocks
 and of random data: each figure from a process of its own, the best time of up to ten, and the peak of the process less
 what it held before.
 """
 
 import functools
-import os
 import re
 import statistics
 import subprocess
@@ -35,7 +31,6 @@ from maskgit import (
     CommandLine,
     MaskGIT,
     PatchTokenizer,
-    Recipe,
     at_least,
     decode,
     fast_precision,
@@ -48,7 +43,6 @@ from maskgit import (
     print_table,
     run_as_script,
     run_record,
-    train,
     training_mask,
     write_figures,
 )
@@ -164,11 +158,10 @@ def random_batch(size, device, side=SIDE):
     return tokens.to(device), mask.to(device), grid_coords(side, side).to(device)
 
 
-def in_a_process(function, *arguments, **environment):
-    """The numbers that a function of this file prints, with some more variables of the environment."""
+def in_a_process(function, *arguments):
+    """The numbers that a function of this file prints."""
     command = [sys.executable, "-c", f"import sys, speed; speed.{function}(*sys.argv[1:])", *map(str, arguments)]
-    options = dict(cwd=ROOT / "benchmarks", env=os.environ | environment, stdout=subprocess.PIPE, text=True)
-    run = subprocess.run(command, **options, check=True)
+    run = subprocess.run(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
     return [float(number) for number in run.stdout.split()]
 
 
@@ -196,29 +189,6 @@ def measure_variants(batch_size, rounds, device):
         name: [statistics.median(seconds) for seconds in zip(*rows, strict=True)] for name, rows in taken.items()
     }
     return {work: {name: medians[name][i] for name in names} for i, work in enumerate(("train_step", "forward_pass"))}
-
-
-def measure_small_step():
-    """Seconds of a training step of the squares' size, printed for the process that asked."""
-    tokens, mask, coords = random_batch(126, torch.device("cpu"), side=8)
-    rows = train(MaskGIT(2, 64, 4, 4), lambda step: (tokens % 2, mask, coords), Recipe(steps=30, log_rows=2))
-    print((rows[1]["seconds"] - rows[0]["seconds"]) / 15)
-
-
-def measure_waiting(rounds):
-    """Median seconds of that step, by how threads wait and how many busy processes are beside."""
-    figures = {}
-    policies = {"as torch has it": {}, "as maskgit.py has it": {"OMP_WAIT_POLICY": "passive"}}
-    for beside in (0, 4):
-        taken = {name: [] for name in policies}
-        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
-        for _ in range(rounds):
-            for name, environment in policies.items():
-                taken[name] += in_a_process("measure_small_step", **environment)
-        for other in others:
-            other.kill()
-        figures |= {f"{name}, {beside} beside": statistics.median(seconds) for name, seconds in taken.items()}
-    return figures
 
 
 STARTS = {f"{script} --help": [f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles")}
@@ -292,12 +262,8 @@ def main():
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--batch-size", type=at_least(1), default=10, help="R1 and R2's: 10")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--waiting", action="store_true", help="only how threads wait")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     arguments = parser.parse_args()
-    if arguments.waiting:
-        figures = {"seconds of a small training step": measure_waiting(arguments.rounds)}
-        return report(record, arguments, figures)
     device = pick_device(arguments.device)
     torch.manual_seed(0)
     tokens, _, coords = random_batch(arguments.batch_size, device)
@@ -334,10 +300,6 @@ def main():
             for value in values:
                 seconds, megabytes = in_a_process("measure_growth", name, value)
                 figures[name] |= {f"{value}: seconds": seconds, f"{value}: MB": megabytes}
-    report(record, arguments, figures)
-
-
-def report(record, arguments, figures):
     write_figures(record, vars(arguments), figures, arguments.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])

@@ -22,9 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint
-from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
-
 from extras import vqgan
+from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
 
 FILLING = inpaint.Filling(decode_steps=10, evidence=False)
 
