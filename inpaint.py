@@ -115,7 +115,6 @@ class Filling(maskgit.Settings):
     sample: str = setting("categorical", "mean: the least error", choices=("categorical", "argmax", "mean"))
     temperature: float = setting(0.4, "of the samples", low=1e-6)
     choice_temperature: float = setting(1.0, "of the order by confidence", low=0.0)
-    stop_after: int | None = setting(None, "commit all that is left after this many steps", low=1)
     evidence: bool = setting(True, "use the visible pixels of tokens that lie partly in a hole")
     blend: bool = setting(True, "soften the borders of tokens, and shift what is filled in to join its rim")
 
@@ -391,7 +390,7 @@ def fill(checkpoint, images, holes, filling, seed=0, trace=None, whole=False):
         if order == "confidence":
             order = functools.partial(maskgit.by_confidence, choice_temperature=filling.choice_temperature)
         options = dict(steps=filling.decode_steps, schedule=filling.schedule, order=order, sample=filling.sample)
-        options |= dict(temperature=filling.temperature, stop_after=filling.stop_after, evidence=evidence, trace=trace)
+        options |= dict(temperature=filling.temperature, evidence=evidence, trace=trace)
         generator = torch.Generator(tokens.device).manual_seed(seed)
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, generator=generator, **options)

@@ -955,7 +955,7 @@ class Run:
 
     def lowest(self):
         """The lowest of the column `best_by` so far; inf if there is no number in it."""
-        figures = [row[self.best_by] for row in self.history]
+        figures = [row.get(self.best_by, math.nan) for row in self.history]
         return min((figure for figure in figures if not math.isnan(figure)), default=math.inf)
 
     def written(self):

@@ -6,6 +6,7 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
+import argparse
 import csv
 import functools
 import hashlib
@@ -1018,22 +1019,23 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, checkpo
 
 
 def test_batches_of_any_integers_and_none_that_hides_nothing(tmp_path):
-    def of(kind):
-        return lambda step: (striped_batch(step)[0].to(kind), *striped_batch(step)[1:])
+    def changed(change, first, step):
+        tokens, mask, coords = striped_batch(step)
+        return (*(change(tokens, mask) if step >= first else (tokens, mask)), coords)
 
     expected, _ = trained(steps=3)
-    assert torch.equal(trained(of(torch.int32), steps=3)[0], expected)
-    assert torch.equal(trained(of(torch.uint8), steps=3)[0], expected)
-    for wrong, said in [
-        (lambda tokens, mask, coords: (tokens, mask & False, coords), r"batch\(2\) hides no token"),
-        (lambda tokens, mask, coords: (tokens, mask[:, :1], coords), "must agree"),
-        (lambda tokens, mask, coords: (tokens, mask.long(), coords), "must agree, the mask as bool"),
-        (lambda tokens, mask, coords: (tokens + 1, mask, coords), "tokens are 1 .. 2, but the codes are 0 .. 1"),
-        (lambda tokens, mask, coords: (tokens.float(), mask, coords), "integers, not torch.float32"),
+    for kind in (torch.int32, torch.uint8):
+        batch = functools.partial(changed, lambda tokens, mask, kind=kind: (tokens.to(kind), mask), 0)
+        assert torch.equal(trained(batch, steps=3)[0], expected)
+    for change, said in [
+        (lambda tokens, mask: (tokens, mask & False), r"batch\(2\) hides no token"),
+        (lambda tokens, mask: (tokens, mask[:, :1]), "must agree"),
+        (lambda tokens, mask: (tokens, mask.long()), "must agree, the mask as bool"),
+        (lambda tokens, mask: (tokens + 1, mask), "tokens are 1 .. 2, but the codes are 0 .. 1"),
+        (lambda tokens, mask: (tokens.float(), mask), "integers, not torch.float32"),
     ]:
         model = tiny_model(codes=2)
-        batch = lambda step, wrong=wrong: wrong(*striped_batch(step)) if step == 2 else striped_batch(step)  # noqa: E731
-        assert re.search(said, refusal(train, model, batch, recipe()))
+        assert re.search(said, refusal(train, model, functools.partial(changed, change, 2), recipe()))
         assert weights(model).isfinite().all()
 
 
@@ -1045,11 +1047,8 @@ def test_what_is_written_can_be_read(tmp_path):
     tokenizer = PatchTokenizer(np.zeros((2, 27)), np.int64(3), np.int64(3))
     options = {"out": tmp_path, "validate": lambda model: numbers, "tokenizer": tokenizer}
     train(model, striped_batch, recipe(**settings), **options)
-    (found, *_), (again, *_) = (
-        train(tiny_model(codes=2), striped_batch, recipe(**settings), resume=True, **options),
-        saved(tmp_path)["training"]["progress"]["history"],
-    )
-    assert {name: found[name] for name in numbers} == {"a": 0.5, "b": 0.25, "c": 3.0, "d": 1.0} and found == again
+    first = train(tiny_model(codes=2), striped_batch, recipe(**settings), resume=True, **options)[0]
+    assert [first[name] for name in numbers] == [0.5, 0.25, 3.0, 1.0]
     assert torch.equal(saved_weights(tmp_path), weights(model))
     assert saved(tmp_path)["config"]["betas"] == (0.5, 0.9) and saved(tmp_path)["tokenizer"].patch == 3
     config = {"a": np.float32(0.5), "b": [np.int64(1)], "c": {"d": np.bool_(True)}, "e": None}
@@ -1099,6 +1098,8 @@ def test_columns_may_come_and_go_and_numbers_be_none(tmp_path):
     ]
     found, _ = trained(validate=lambda model: {"x": math.nan}, **options, force=True)
     assert torch.equal(found, trained(steps=4, log_rows=4)[0]), "without any number the last one"
+    trained(steps=4, out=tmp_path, force=True)
+    trained(validate=validate, resume=True, **options | {"log_rows": 20})  # the column is new
 
 
 def test_bf16_trains_close_to_float32():
@@ -2134,7 +2135,7 @@ def test_folders_as_in_the_reports(inpaint_run, tmp_path, capsys):
 
 def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
     (image, _), (other, hole) = write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
-    one_mask = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax", "--stop-after", 2]
+    one_mask = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax"]
     for result, before in zip(filled_pairs(inpaint_run, tmp_path, *one_mask).values(), (image, other), strict=True):
         assert (result[~hole] == before[~hole]).all()
     shutil.rmtree(tmp_path / "out")
@@ -2152,7 +2153,7 @@ def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
     ("pictures", "masks"),
     [
         ("cat cat2", "cat_mask cat2_mask"),
-        ("cat cat2", "mask-cat2 mask-cat"),
+        ("cat cat2", "mask-cat mask-cat2"),
         ("cat cat1 dog", "cat_mask cat_mask1 dog_mask01"),
         ("a.1 a.2", "a.1.Masks a.2.masks"),
         ("cat_1 dog_1", "cat_mask_1 dog_mask_1"),
@@ -2171,8 +2172,6 @@ def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
 def test_masks_go_by_name(pictures, masks, tmp_path):
     """Whatever the order of the files; hidden ones are none, and nothing is paired that could be another's."""
     masks, _, said = masks.partition(": ")
-    expected = dict(zip(pictures.split(), masks.split(), strict=False))
-    expected = expected if masks.split()[0] != "mask-cat2" else {"cat": "mask-cat", "cat2": "mask-cat2"}
     for folder, names in (("i", pictures), ("m", masks)):
         for name in (*names.split(), "._hidden", ".hidden/x"):
             (tmp_path / folder / ".hidden").mkdir(parents=True, exist_ok=True)
@@ -2181,7 +2180,8 @@ def test_masks_go_by_name(pictures, masks, tmp_path):
     if said:
         assert re.search(said, refusal(pair))
     else:
-        assert {picture.stem: mask.stem for picture, mask in pair()} == expected
+        expected = [*zip(pictures.split(), masks.split(), strict=True)]
+        assert [(picture.stem, mask.stem) for picture, mask in pair()] == expected
 
 
 def test_one_folder_may_hold_both_and_one_the_other(tmp_path):
@@ -2328,13 +2328,12 @@ def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypat
     assert [str(file) for file in files if now[file] != files[file]] == ["image_000_1.png"]
     for change in (["--seed", 1], ["--temperature", 2], ["--invert-masks"]):
         assert filled(*twice, "--resume", *change) == 2
-        assert "comes" not in (said := capsys.readouterr().err) and "is the result of other pictures" in said
+        assert "is the result of other pictures or another way" in capsys.readouterr().err
     Image.fromarray(noise_picture(9, 16, 16)).save(tmp_path / "masked_image" / "image_002.png")
     assert filled(*twice, "--resume") == 2 and "image_002" in capsys.readouterr().err
     shutil.rmtree(out)
-    Image.new("L", (1, 1)).save(tmp_path / "mine.png")
     out.mkdir()
-    (tmp_path / "mine.png").rename(out / "image_001_2.png")
+    Image.new("L", (1, 1)).save(out / "image_001_2.png")
     for option in ([], ["--resume"]):
         assert filled(*twice, *option) == 2 and [file.name for file in out.iterdir()] == ["image_001_2.png"]
 
@@ -2359,10 +2358,7 @@ def test_memory_does_not_grow_with_the_pictures(inpaint_run, tmp_path, monkeypat
     monkeypatch.setattr(inpaint, "read_pair", read_pair)
     assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "out")) == 0
     assert len(at_once) == 36 and max(at_once) <= 2
-    for error in (
-        MemoryError("Unable to allocate 3.6 GiB"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ):
+    for error in (MemoryError("Unable to allocate 3 GiB"), RuntimeError("can't allocate memory")):
         monkeypatch.setattr(inpaint, "read_pair", Mock(side_effect=error))
         capsys.readouterr()
         assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "new")) == 2
@@ -2630,7 +2626,8 @@ def test_a_transformer_by_its_formulas(reports, tmp_path):
     take = Take(state)
     logits = transformer_by_its_formulas(take, hidden)[..., :1024]
     assert not take and logits.std() > 0.5
-    torch.save(state, tmp_path / "best.pth")
+    beside = {"args": argparse.Namespace(lr=0.1), "losses": [np.float64(0.5), np.float32(0.5)], "epoch": np.int64(3)}
+    torch.save({"model": state} | beside, tmp_path / "best.pth")
     model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
     np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
     found = decode(model, tokens, mask, coords, steps=1, sample="argmax")
@@ -3025,22 +3022,6 @@ def test_kernel_distance_by_loops():
     across = sum((a @ b / 5 + 1) ** 3 for a in x for b in y) / 64
     assert fid.kernel_distance(x, y, subsets=3000, subset_size=3)[0] == pytest.approx(within - 2 * across, abs=0.02)
     assert fid.kernel_distance(x, y, seed=1) == fid.kernel_distance(x, y, seed=1)
-
-
-@pytest.mark.parametrize("count", [60, 1200])
-def test_the_bias_of_small_sets(count):
-    """Two Gaussians in 300 dimensions, 3 apart: what FID has above 9 is bias, and the bound near it if N is above D."""
-    x, y = np.random.default_rng(0).standard_normal((2, count, 300)) / np.sqrt(np.arange(1, 301))
-    y[:, 0] += 3
-    a, b = (fid.statistics_of([f], count) for f in (x, y))
-    bound = fid.bias_at_least(a, b)
-    bias = fid.fid_of(a, b) - 9
-    assert (0.7 if count > 300 else 0.2) * bias < bound < 1.3 * bias
-    said = fid.bias_warning(a, b, fid.fid_of(a, b))
-    assert f"If the sets are independent, at least {bound:.2f} of this FID" in said
-    for copies in (x[::-1], x[: count * 5 // 6]):  # nearly the same images in another order, or fewer
-        c = fid.statistics_of([copies + 0.001], len(copies))
-        assert "The sets are not independent" in fid.bias_warning(a, c, fid.fid_of(a, c))
 
 
 # ---------------------------------------------------------------------------------------------------

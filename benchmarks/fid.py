@@ -97,7 +97,7 @@ def agreement(a, b, dims, weights, folder):
     our_statistics = [ours.statistics_of(iter(np.array_split(f, 7)), count) for f in found]
     our_file = folder / f"ours_{dims}.npz"
     their_file = folder / f"theirs_{dims}.npz"
-    ours.write_statistics(our_file, our_statistics[0])
+    np.savez_compressed(our_file, mu=our_statistics[0].mu, sigma=our_statistics[0].sigma)
     np.savez_compressed(their_file, mu=their_statistics[0][0], sigma=their_statistics[0][1])
     read_by_them = theirs.compute_statistics_of_path(str(our_file), None, 50, dims, "cpu")
     read_by_us = ours.read_statistics(their_file)
