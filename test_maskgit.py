@@ -2038,6 +2038,11 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
         assert "likeliest, T=1" in capsys.readouterr().out
     assert call(inpaint, *options, twice, "--resume", "--dim", 32) == 2
     assert "trained with dim=16, not 32" in capsys.readouterr().err
+    twice.rename(tmp_path / "moved" / "run")
+    judged = ["--checkpoint", tmp_path / "moved" / "run" / "model.pt", "--ways", "likeliest", "--holes", "box"]
+    judged += ["--pictures", 8, "--observer-steps", 1, "--json", tmp_path / "found.json"]
+    assert call(filling, *judged) == 2 and "trained on other pictures" in capsys.readouterr().err
+    assert call(filling, *judged, "--data", tmp_path / "moved") == 0
 
 
 def test_ways_to_fill_are_judged(inpaint_run, tmp_path):

@@ -111,7 +111,8 @@ def main():
     device = pick_device(arguments.device)
     checkpoint = inpaint.open_model(arguments.checkpoint, device)
     run = checkpoint["config"]
-    split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"])
+    out = arguments.checkpoint.parent  # the run's own pictures are none of its data
+    split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"], out)
     if digest != run["pictures_sha256"]:
         raise ValueError(f"{arguments.checkpoint} was trained on other pictures: --data names them")
     images = getattr(split, arguments.part)[: arguments.pictures]
