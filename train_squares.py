@@ -358,7 +358,7 @@ def train_model(recipe, prior, device, **options):
     return model, maskgit.train(model, make_batch(prior, recipe), recipe, validate=validate, **options)
 
 
-DEFAULTS = dict(steps=3400, batch_size=126, mask="cosine+cosine+cosine+half", lr=6e-3)
+DEFAULTS = dict(steps=1500, batch_size=126, layers=8, hidden=64, mask="cosine+cosine+cosine+half", lr=6e-3)
 # S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
 # A batch here is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a head
 # and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
