@@ -835,11 +835,13 @@ GROUPS = itertools.count()
 
 def start_group(device):
     """Let the processes that torchrun started find each other, each time under a name of its own: the addresses of an
-    earlier group are still there."""
+    earlier group are still there. On a CPU they share its cores, where torchrun gives each a single one."""
     store, rank, world = next(torch.distributed.rendezvous("env://"))
     store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def backward(network, inputs, targets, counted, coords, accumulate):

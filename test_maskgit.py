@@ -39,7 +39,7 @@ import inpaint
 import maskgit
 import train_rectangles
 import train_squares
-from benchmarks import ablation, filling, remedies, samplers
+from benchmarks import ablation, curve, filling, remedies, samplers
 from extras import vqgan
 from maskgit import (
     ORDERS,
@@ -1389,6 +1389,39 @@ def test_samplers_of_the_literature_by_hand():
     assert samplers.explained(tokens, tokenizer).mean() > 0.8 and not samplers.explained(broken, tokenizer, 300).any()
 
 
+def test_the_mean_of_eight_turns_turns_with_the_image():
+    """Of a model that does not, and that of one image is the mean of eight answers."""
+    model = tiny_model(codes=2).eval()
+    coords = grid_coords(4, 4)
+    tokens = torch.randint(3, (5, 4, 4), generator=torch.Generator().manual_seed(0))
+    turns = [turned.rot90(k, (1, 2)) for k in range(4) for turned in (tokens, tokens.transpose(1, 2))]
+    with torch.no_grad():
+        answers = [samplers.TurnedModel(model)(turned.flatten(1), coords).view(5, 4, 4, 2) for turned in turns]
+        single = [model(turned.flatten(1), coords).softmax(dim=-1).view(5, 4, 4, 2) for turned in turns]
+    for k in range(4):
+        torch.testing.assert_close(answers[2 * k].rot90(-k, (1, 2)), answers[0])
+        torch.testing.assert_close(answers[2 * k + 1].rot90(-k, (1, 2)).transpose(1, 2), answers[0])
+    back = [each.rot90(-(i // 2), (1, 2)) for i, each in enumerate(single)]
+    mean = sum(each.transpose(1, 2) if i % 2 else each for i, each in enumerate(back)) / 8
+    torch.testing.assert_close(answers[0].exp(), mean)
+    assert not torch.allclose(back[2], back[0])
+
+
+def test_curve_is_the_mean_of_the_runs_of_a_length(tmp_path, capsys):
+    for i, (steps, kl) in enumerate([(10, 0.4), (10, 0.2), (20, 0.1)]):
+        record = dict(settings=dict(steps=steps, batch_size=5), rows=[dict(kl=kl)])
+        (tmp_path / f"{i}.json").write_text(json.dumps(record))
+    files = sorted(tmp_path.glob("*.json"))
+    assert call(curve, *files, "--figure", "rows.0.kl", "--out", tmp_path / "curve.png") == 0
+    table = capsys.readouterr().out.split("\n")[1:3]
+    assert [line.split() for line in table] == [["50", "2", "0.3000"], ["100", "1", "0.1000"]]
+    Image.open(tmp_path / "curve.png").verify()
+    for name in ("rows.1.kl", "rows.0", "rows.0.k1", "rows.kl"):
+        assert call(curve, *files, "--figure", name, "--out", tmp_path / "none.png") == 2
+        assert re.fullmatch(f"error: there is no figure '{name}'.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_halton_visits_the_quarters_in_turn():
     coords = grid_coords(8, 8)
     options = {"coords": coords, "steps": 64, "schedule": "linear"}
@@ -1691,7 +1724,8 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         figures = json.loads((tmp_path / "found.json").read_text())
         rows = figures["rows"] if "--grid" in options else figures["completions"]
         combinations = {(row.get("given", row.get("hidden")), row["order"], row["setting"]) for row in rows}
-        assert len(rows) == len(combinations) == 2 * (5 + steps + 1 + ("--grid" in options))
+        others = 2 if "--grid" in options else 1  # draws from the posterior of both inputs, or eight turns
+        assert len(rows) == len(combinations) == 2 * (5 + steps + 1) + others
         assert "--grid" in options or all("kl" in row["model"] for row in rows if row["order"] != "random")
     assert all(0 <= row["explained"] <= 1 and row["calls"] <= 32 for row in rows)
     assert "mine" in capsys.readouterr().out
@@ -2803,6 +2837,7 @@ for name in ("first", "second", "own"):
         torch.distributed.init_process_group("gloo")
     train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
     assert torch.distributed.is_initialized() == (name == "own")
+    assert torch.get_num_threads() == max(1, os.cpu_count() // 2)
 """
 
 
@@ -3236,9 +3271,9 @@ def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
     command = re.search(r"python benchmarks/samplers.py (margin.py)", readme)[1]
     assert call(samplers, *command.split()) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["margin"] * 5
+    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["margin"] * 5 + ["entropy,"]
     # 16 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
-    assert re.search(r"64 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-2])
+    assert re.search(r"64 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-3])
 
 
 def test_files_without_orders_are_refused(tmp_path, capsys):

@@ -185,14 +185,42 @@ def decodings(orders, many_steps):
 # The squares
 
 SQUARES_STEPS = (4, 8, 16, 32, 64)
+TURNS = tuple(itertools.product(range(4), (False, True)))
+
+
+class TurnedModel:
+    """The mean of a model's probabilities for the eight turns and mirror images of square images."""
+
+    def __init__(self, model):
+        self.model = model
+        self.mask_id = model.mask_id
+
+    def __call__(self, tokens, coords):
+        side = math.isqrt(tokens.shape[1])
+        images = tokens.view(-1, side, side)
+        total = 0
+        for quarters, mirrored in TURNS:
+            turned = images.rot90(quarters, (1, 2))
+            turned = turned.flip(2) if mirrored else turned
+            probs = self.model(turned.flatten(1), coords).float().softmax(dim=-1).unflatten(1, (side, side))
+            probs = probs.flip(2) if mirrored else probs
+            total = total + probs.rot90(-quarters, (1, 2))
+        return (total / len(TURNS)).log().flatten(1, 2)
 
 
 def judge_on_squares(model, prior, device, orders, exact_orders):
-    """A row per input and decoding, with the exact posterior's marginals in the model's place, and with the model's."""
+    """A row per input and decoding, with the exact posterior's marginals in the model's place, and with the model's;
+    and one with eight answers averaged for each."""
     rows = []
     inputs = train_squares.completion_inputs(prior)
     both = {"exact": (train_squares.ExactModel(prior.to(device)), train_squares.EXACT_DRAWS)}
     both["model"] = (model, train_squares.MODEL_DRAWS)
+    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
+    for name, (marginals, _) in both.items():
+        start = TurnedModel(marginals), prior, *inputs["nothing"], device
+        averaged[name] = train_squares.judge_followed(*start, order=by_entropy)
+        averaged[name]["calls"] *= len(TURNS)
+        averaged[name]["most_calls"] *= len(TURNS)
     for given, (order, setting, options) in itertools.product(
         ("nothing", "left half"), decodings(orders, SQUARES_STEPS)
     ):
@@ -205,7 +233,7 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
                 row[name] = train_squares.judge_counted(*start, draws, **options)
         rows.append(row)
         print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
-    return rows
+    return [*rows, averaged]
 
 
 def paint_curves(rows):
