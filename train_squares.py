@@ -1,11 +1,11 @@
 """S1's and S2's squares: black and white 8x8 images with one filled square, and a prior so small that the
 best possible answer to every question can be computed.
 
-    python train_squares.py                                  the default: 7 minutes on 2 CPU cores
+    python train_squares.py                                  the default: 4 minutes on 2 CPU cores
     python train_squares.py --preset post2 --device cuda     S2's sizes (post1: S1's), for a GPU
     python train_squares.py --resume                         go on with an interrupted run
 
-The default run ends 0.0008 to 0.0011 nats per hidden pixel from the exact posterior (five seeds), after 7 minutes on
+The default run ends 0.0012 to 0.0014 nats per hidden pixel from the exact posterior (five seeds), after 4 minutes on
 two cores of an AMD EPYC server (results/squares.json).
 
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (--out).
