@@ -701,7 +701,7 @@ class Settings:
             kinds = get_args(each.type)  # of a tuple, or of what may be None
             if get_origin(each.type) is not tuple:
                 value = () if value is None and type(None) in kinds else (value,)
-            elif not isinstance(value, tuple) or (... not in kinds and len(value) != len(kinds)):
+            elif not isinstance(value, tuple) or len(value) != len(kinds):
                 raise ValueError(f"{each.name} is {value!r}, not of type {each.type}")
             for one in value:
                 check_setting(each.name, one, kind_of(each), **each.metadata["check"])

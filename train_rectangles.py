@@ -53,15 +53,13 @@ class Rectangles(maskgit.Experiment):
     task: str = setting("grid", "all patches of a grid, or some anywhere", choices=("grid", "sparse"))
     rectangles: int | None = setting(None, "train on so many (S2: 100); if not given, fresh ones at every step", low=1)
     fixed_points: bool = setting(False, "each of those always with the same points (S2)")
-    points: tuple[int, ...] = setting((24,), "of an image: a number, or the fewest and the most for a batch", low=2)
+    points: int = setting(24, "of an image", low=2)
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= len(self.points) <= 2 or self.points[-1] < self.points[0]:
-            raise ValueError("points takes one number, or the fewest and the most")
         if self.fixed_points and not self.rectangles:
             raise ValueError("fixed points need a number of rectangles")
-        if self.task == "grid" and (self.fixed_points or self.points != (24,)):
+        if self.task == "grid" and (self.fixed_points or self.points != 24):
             raise ValueError("points and fixed points are for the sparse task")
 
 
@@ -123,11 +121,9 @@ def draw_points(task, rectangles, count, rng):
 def make_batch(tokenizer, recipe, draw_points=draw_points):
     """batch(step) for train(): fresh rectangles at every step, or so many that are always the same; fresh points, or
     fixed ones of each rectangle; fresh masks in any case."""
-    fewest = recipe.points[0]
-    most = recipe.points[-1]
     if recipe.rectangles:  # 100 are those of the codebook (S2)
         fixed = draw_rectangles(recipe.rectangles, [recipe.seed, 0])
-        fixed_points = draw_points(recipe.task, fixed, fewest, np.random.default_rng([recipe.seed, 2]))
+        fixed_points = draw_points(recipe.task, fixed, recipe.points, np.random.default_rng([recipe.seed, 2]))
 
     def batch(step):
         seed = maskgit.step_seed(recipe.seed, step)
@@ -137,8 +133,10 @@ def make_batch(tokenizer, recipe, draw_points=draw_points):
             rectangles = fixed[rows]
         else:
             rectangles = draw_rectangles(recipe.batch_size, rng, recipe.task)
-        count = round(fewest * (most / fewest) ** rng.random())
-        points = fixed_points[rows] if recipe.fixed_points else draw_points(recipe.task, rectangles, count, rng)
+        if recipe.fixed_points:
+            points = fixed_points[rows]
+        else:
+            points = draw_points(recipe.task, rectangles, recipe.points, rng)
         tokens = torch.from_numpy(tokenizer.nearest(coverage(rectangles, points)))
         coords = torch.from_numpy(GRID_POINTS if recipe.task == "grid" else points).float()
         mask = maskgit.training_mask(tokens.shape, recipe.mask, torch.Generator().manual_seed(seed), coords)

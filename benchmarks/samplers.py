@@ -237,14 +237,16 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
 
 
 def paint_curves(rows):
-    """Total variation against network calls, from nothing: with exact marginals, and with the model's."""
+    """Total variation against network calls, from nothing: with exact marginals, and with the model's. An order with a
+    single setting is no curve."""
     plots = []
     labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
     for marginals in ("exact", "model"):
         curves = {}
         for order, each in itertools.groupby(rows, lambda row: row["order"]):
             points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
-            curves[order] = zip(*points, strict=True)
+            if len(points) > 1:
+                curves[order] = zip(*points, strict=True)
         plot = line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
         plots.append(np.asarray(plot) / 255)
     return image_grid(np.stack(plots), 2)
