@@ -133,10 +133,7 @@ def make_batch(tokenizer, recipe, draw_points=draw_points):
             rectangles = fixed[rows]
         else:
             rectangles = draw_rectangles(recipe.batch_size, rng, recipe.task)
-        if recipe.fixed_points:
-            points = fixed_points[rows]
-        else:
-            points = draw_points(recipe.task, rectangles, recipe.points, rng)
+        points = fixed_points[rows] if recipe.fixed_points else draw_points(recipe.task, rectangles, recipe.points, rng)
         tokens = torch.from_numpy(tokenizer.nearest(coverage(rectangles, points)))
         coords = torch.from_numpy(GRID_POINTS if recipe.task == "grid" else points).float()
         mask = maskgit.training_mask(tokens.shape, recipe.mask, torch.Generator().manual_seed(seed), coords)
