@@ -2833,6 +2833,8 @@ for name in ("first", "second", "own"):
     train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
     assert torch.distributed.is_initialized() == (name == "own")
     assert torch.get_num_threads() == max(1, os.cpu_count() // 2)
+time.sleep(0.5)  # Gloo's threads need the interpreter once more
+torch.distributed.destroy_process_group()
 """
 
 
