@@ -842,7 +842,8 @@ def start_group(device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
 
 
 def backward(network, inputs, targets, counted, coords, accumulate):
@@ -1147,7 +1148,7 @@ class Experiment(Recipe):
     dim: int = setting(64, "width of the model", low=1)
     heads: int = setting(4, "of attention", low=1)
     layers: int = setting(4, "blocks of the model", low=1)
-    hidden: int | None = setting(None, "width of the MLPs; if it is not given, 4 x dim", low=1)
+    hidden: int | None = setting(None, "width of the MLPs; where it has no default, 4 x dim", low=1)
     dropout: float = setting(0.0, "in the blocks", low=0.0, below=1.0)
     norm: str = setting("pre", "where the blocks have their norms", choices=NORMS)
     head: str = setting("linear", "what gives the logits", choices=HEADS)

@@ -1,12 +1,13 @@
 """Figures against how many images a training saw: one point for each length, the mean of its runs.
 
-    python benchmarks/curve.py results/squares*.json --figure tasks.cosine.kl --out results/squares_law.png
+    python benchmarks/curve.py results/squares.json results/squares_3000.json --figure tasks.cosine.kl --out law.png
 
 A figure is named by the way to it in the JSON files of a script. --out is a plot with both axes logarithmic.
 """
 
 import collections
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from maskgit import CommandLine, line_plot, named, print_table, run_as_script
 
 
-def figure_of(record, name):
-    """What lies at "a.b.0" in nested dicts and lists."""
+def figure_of(path, record, name):
+    """What lies at "a.b.0" in the nested dicts and lists of a file."""
     try:
         for part in name.split("."):
             record = record[int(part)] if isinstance(record, list) else record[part]
         return float(record)
     except (KeyError, IndexError, TypeError, ValueError):
-        raise ValueError(f"there is no figure {name!r}, or {part!r} in it is none") from None
+        raise ValueError(f"{path} has no figure {name!r}: there is no number at {part!r}") from None
 
 
 def main():
@@ -34,8 +35,8 @@ def main():
     runs = collections.defaultdict(list)
     for path in arguments.files:
         record = json.loads(path.read_text())
-        images = figure_of(record, "settings.steps") * figure_of(record, "settings.batch_size")
-        runs[images].append([figure_of(record, name) for name in arguments.figure])
+        images = math.prod(figure_of(path, record, f"settings.{name}") for name in ("steps", "batch_size"))
+        runs[images].append([figure_of(path, record, name) for name in arguments.figure])
     lengths = sorted(runs)
     means = {name: [] for name in arguments.figure}
     for images in lengths:
