@@ -26,13 +26,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
+import maskgit
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
-
-import maskgit
 from maskgit import setting
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot decode
 # What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.

@@ -27,16 +27,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import fid
+import inpaint
+import maskgit
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import fid
-import inpaint
-import maskgit
 import train_rectangles
 import train_squares
 from benchmarks import ablation, curve, filling, remedies, samplers
@@ -53,6 +50,8 @@ from maskgit import (
     train,
     training_mask,
 )
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
 
@@ -3279,6 +3278,23 @@ def test_files_without_orders_are_refused(tmp_path, capsys):
         (tmp_path / name).write_text(text)
         assert call(samplers, tmp_path / name) == 2
         assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
+
+
+SPIN = {
+    "nothing": ({}, "10000"),
+    "count": ({"GOMP_SPINCOUNT": "7"}, "7"),
+    "policy": ({"OMP_WAIT_POLICY": "passive"}, "0"),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other threads")
+@pytest.mark.parametrize("given, expected", SPIN.values(), ids=SPIN)
+def test_threads_soon_sleep_unless_somebody_wants_it_otherwise(given, expected):
+    """Their library says what it was told when torch was imported."""
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = dict(env=others | given | {"OMP_DISPLAY_ENV": "verbose"}, cwd=HERE, capture_output=True, text=True)
+    told = subprocess.run([sys.executable, "-c", "import train_squares"], **command).stderr
+    assert f"GOMP_SPINCOUNT = '{expected}'" in told
 
 
 FLAGS = {

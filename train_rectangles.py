@@ -20,12 +20,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import maskgit
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
-
-import maskgit
 from maskgit import setting
+from PIL import Image, ImageDraw
 
 SIZE = 16  # cells per side of an image
 PATCH = 4  # and of a patch

@@ -17,10 +17,9 @@ import math
 import time
 from dataclasses import asdict, dataclass
 
+import maskgit
 import numpy as np
 import torch
-
-import maskgit
 from maskgit import setting
 
 BLACK = 0

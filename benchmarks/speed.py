@@ -7,12 +7,15 @@ scored on every position. The variants take turns, each in a process of its own,
 (keep_freed_memory) holds for a whole process: medians of three steps after one untimed, and of those. Besides:
 images filled one at a time, as the reports do, and 64 at once; patches encoded; how long the scripts' --help takes.
 
+--waiting only measures a training step of the squares' size, by how the threads wait for each other.
+
 On a CPU also how time and memory grow with tokens, batch, codes and images, of a model of 192 dimensions and 6 blocks
 and of random data: each figure from a process of its own, the best time of up to ten, and the peak of the process less
 what it held before.
 """
 
 import functools
+import os
 import re
 import statistics
 import subprocess
@@ -31,6 +34,7 @@ from maskgit import (
     CommandLine,
     MaskGIT,
     PatchTokenizer,
+    Recipe,
     at_least,
     decode,
     fast_precision,
@@ -43,6 +47,7 @@ from maskgit import (
     print_table,
     run_as_script,
     run_record,
+    train,
     training_mask,
     write_figures,
 )
@@ -158,10 +163,11 @@ def random_batch(size, device, side=SIDE):
     return tokens.to(device), mask.to(device), grid_coords(side, side).to(device)
 
 
-def in_a_process(function, *arguments):
-    """The numbers that a function of this file prints."""
+def in_a_process(function, *arguments, **environment):
+    """The numbers that a function of this file prints, with some more variables of the environment."""
     command = [sys.executable, "-c", f"import sys, speed; speed.{function}(*sys.argv[1:])", *map(str, arguments)]
-    run = subprocess.run(command, cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True, check=True)
+    options = dict(cwd=ROOT / "benchmarks", env=os.environ | environment, text=True, check=True)
+    run = subprocess.run(command, stdout=subprocess.PIPE, **options)
     return [float(number) for number in run.stdout.split()]
 
 
@@ -189,6 +195,29 @@ def measure_variants(batch_size, rounds, device):
         name: [statistics.median(seconds) for seconds in zip(*rows, strict=True)] for name, rows in taken.items()
     }
     return {work: {name: medians[name][i] for name in names} for i, work in enumerate(("train_step", "forward_pass"))}
+
+
+def measure_small_step():
+    """Milliseconds of a training step of the squares' size, printed for the process that asked."""
+    tokens, mask, coords = random_batch(126, torch.device("cpu"), side=8)
+    rows = train(MaskGIT(2, 64, 4, 8, 64), lambda step: (tokens % 2, mask, coords), Recipe(steps=20, log_rows=2))
+    print((rows[1]["seconds"] - rows[0]["seconds"]) / 10 * 1000)
+
+
+WAITING = {"as torch has it": {"GOMP_SPINCOUNT": "300000"}, "OMP_WAIT_POLICY=passive": {"GOMP_SPINCOUNT": "0"}}
+WAITING["as maskgit.py has it"] = {"GOMP_SPINCOUNT": "10000"}
+
+
+def measure_waiting(beside, rounds):
+    """Median milliseconds of that step beside some busy processes, by how threads wait."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
+    taken = {name: [] for name in WAITING}
+    for _ in range(rounds):
+        for name, environment in WAITING.items():
+            taken[name] += in_a_process("measure_small_step", **environment)
+    for other in others:
+        other.kill()
+    return {name: statistics.median(milliseconds) for name, milliseconds in taken.items()}
 
 
 STARTS = {f"{script} --help": [f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles")}
@@ -262,8 +291,13 @@ def main():
     parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--batch-size", type=at_least(1), default=10, help="R1 and R2's: 10")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--waiting", action="store_true", help="only how threads wait")
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     arguments = parser.parse_args()
+    if arguments.waiting:
+        beside = {"alone": 0, "beside two busy processes": 2}
+        figures = {f"ms of a small step, {name}": measure_waiting(n, arguments.rounds) for name, n in beside.items()}
+        return report(record, arguments, figures)
     device = pick_device(arguments.device)
     torch.manual_seed(0)
     tokens, _, coords = random_batch(arguments.batch_size, device)
@@ -300,6 +334,10 @@ def main():
             for value in values:
                 seconds, megabytes = in_a_process("measure_growth", name, value)
                 figures[name] |= {f"{value}: seconds": seconds, f"{value}: MB": megabytes}
+    report(record, arguments, figures)
+
+
+def report(record, arguments, figures):
     write_figures(record, vars(arguments), figures, arguments.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])
