@@ -204,19 +204,22 @@ def measure_small_step():
     print((rows[1]["seconds"] - rows[0]["seconds"]) / 10 * 1000)
 
 
+# maskgit.py, imported above, has set the variable for the processes started here.
 WAITING = {"as torch has it": {"GOMP_SPINCOUNT": "300000"}, "OMP_WAIT_POLICY=passive": {"GOMP_SPINCOUNT": "0"}}
-WAITING["as maskgit.py has it"] = {"GOMP_SPINCOUNT": "10000"}
+WAITING["as maskgit.py has it"] = {}
 
 
 def measure_waiting(beside, rounds):
     """Median milliseconds of that step beside some busy processes, by how threads wait."""
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(beside)]
     taken = {name: [] for name in WAITING}
-    for _ in range(rounds):
-        for name, environment in WAITING.items():
-            taken[name] += in_a_process("measure_small_step", **environment)
-    for other in others:
-        other.kill()
+    try:
+        for _ in range(rounds):
+            for name, environment in WAITING.items():
+                taken[name] += in_a_process("measure_small_step", **environment)
+    finally:
+        for other in others:
+            other.kill()
     return {name: statistics.median(milliseconds) for name, milliseconds in taken.items()}
 
 
@@ -295,6 +298,8 @@ def main():
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     arguments = parser.parse_args()
     if arguments.waiting:
+        if parser.given() & {"batch_size", "device"}:
+            parser.error("--waiting measures a batch of its own on the CPU: leave out --batch-size and --device")
         beside = {"alone": 0, "beside two busy processes": 2}
         figures = {f"ms of a small step, {name}": measure_waiting(n, arguments.rounds) for name, n in beside.items()}
         return report(record, arguments, figures)
