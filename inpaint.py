@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from maskgit import setting
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch import nn
 
 NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot decode
 # What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
@@ -44,6 +45,10 @@ CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
 NOISES = 6  # of pixel_evidence; this and the next two by validation pictures
 LEAST_NOISE = (4 / 255) ** 2
 CORRELATED = 4
+PAINTER_SEED = 4
+PAINTER_BATCH = 16
+PAINTER_RATE = 2e-3
+PAINTER_NOISE = 0.1  # the most, of pixels in [0, 1]
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 TRAINING_SEED = 3  # of the holes
 VALIDATION_SEED = 1
@@ -97,6 +102,7 @@ class Inpainting(maskgit.Experiment):
     mirror: bool = setting(True, "train on mirrored pictures as well")
     hole: str = setting("brush", "of validation and scores", choices=HOLES)
     hole_rows: float = setting(0.5, "share of a batch that hides holes; the rest hides --mask", low=0.0, below=1.0)
+    painter_steps: int = setting(1000, "updates of the painter", low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -106,7 +112,7 @@ class Inpainting(maskgit.Experiment):
 
 @dataclass(frozen=True)
 class Filling(maskgit.Settings):
-    """How the holes are filled: what decode does, and what is done about their rim."""
+    """How the holes are filled."""
 
     decode_steps: int = setting(10, "network calls", low=1)
     schedule: str = setting("cosine", "of decode", choices=maskgit.SCHEDULES)
@@ -115,7 +121,6 @@ class Filling(maskgit.Settings):
     temperature: float = setting(0.4, "of the samples", low=1e-6)
     choice_temperature: float = setting(1.0, "of the order by confidence", low=0.0)
     evidence: bool = setting(True, "use the visible pixels of tokens that lie partly in a hole")
-    blend: bool = setting(True, "soften the borders of tokens, and shift what is filled in to join its rim")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -365,7 +370,7 @@ def model_input(checkpoint, images, holes, informed, targets=True):
     device = next(checkpoint["model"].parameters()).device
     pixels = images / np.float32(255)
     hidden = hidden_tokens(tokenizer, holes)
-    tokens = tokenizer.encode(membrane(pixels, holes))  # a tokenizer may see the whole picture, but not into the hole
+    tokens = tokenizer.encode(paste(pixels, holes, np.float32(np.nan)))  # one may see the whole picture, but no hole
     if targets:
         tokens = np.where(hidden.view(tokens.shape), tokenizer.encode(pixels), tokens)
     tokens = torch.from_numpy(tokens)  # (B, h, w)
@@ -394,7 +399,7 @@ def fill(checkpoint, images, holes, filling, seed=0, trace=None, whole=False):
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, generator=generator, **options)
         decoded = decode_tokens(tokenizer, tokens)
-    return into_holes(tokenizer, decoded, images, holes | whole, filling.blend and not whole)
+    return into_holes(decoded, images, holes | whole, None if whole else checkpoint["painter"])
 
 
 @torch.no_grad()
@@ -448,51 +453,78 @@ def decode_tokens(tokenizer, tokens):
     return tokenizer.decode(tokens.cpu().numpy().reshape(-1, side, side))
 
 
-def into_holes(tokenizer, decoded, images, holes, blend):
-    """Images (B, S, S, 3) uint8 with decoded pictures in their holes. `blend` softens the borders between tokens of
-    pixels, and shifts the pictures to join what is visible: there it shows by how much the decoded one is off; into the
-    hole this error is continued as a membrane (Pérez et al., Poisson image editing, 2003)."""
-    if blend and tokenizer.centroids is not None:
-        decoded = soften_borders(decoded, tokenizer.patch)
-    if blend:
-        decoded = decoded + membrane(images / np.float32(255) - decoded, holes)
+def into_holes(decoded, images, holes, painter=None):
+    """Images (B, S, S, 3) uint8 with decoded pictures in their holes, or with what a painter makes of them."""
+    if painter:
+        decoded = painter.paint(decoded, images, holes)
     return paste(images, holes, (decoded * 255).round().clip(0, 255).astype(np.uint8))
-
-
-def soften_borders(pictures, patch):
-    """Pictures (B, S, S, C) where the pixels on both sides of each border of two tokens come nearer to each other."""
-    share = min(0.2, patch / 20)  # of a step, from each side; good for patches of 2, 4 and 8 on validation pictures
-    pictures = pictures.copy()
-    first = np.arange(patch, pictures.shape[1], patch)
-    for lines in (pictures, pictures.swapaxes(1, 2)):
-        step = share * (lines[:, first] - lines[:, first - 1])
-        lines[:, first] -= step
-        lines[:, first - 1] += step
-    return pictures
-
-
-def membrane(values, holes, sweeps=16):
-    """Values (B, H, W, C), where those in the holes (B, H, W) become a membrane stretched over the others.
-    Each hidden value is then the mean of its four neighbours, up to what `sweeps` at each size leave; where all is
-    hidden it is 0."""
-    b, height, width, channels = values.shape
-    hidden = holes[..., None]
-    values = np.where(hidden, 0, values)
-    if holes.any() and height % 2 == width % 2 == 0:  # start from the membrane of half the size
-        sums = values.reshape(b, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
-        known = (~holes).reshape(b, height // 2, 2, width // 2, 2).sum(axis=(2, 4))
-        coarse = membrane(sums / known.clip(min=1)[..., None], known == 0)
-        values = np.where(hidden, coarse.repeat(2, axis=1).repeat(2, axis=2), values)
-    for _ in range(sweeps):
-        padded = np.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        mean = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-        values = np.where(hidden, mean / 4, values)
-    return values
 
 
 def paste(images, holes, filled):
     """The images, with the pixels of their holes from others."""
     return np.where(holes[..., None], filled, images)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Painter
+
+
+class Painter(nn.Module):
+    """The second half of the tokenizer's decode, which sees what tokens do not say: what is visible and where the hole
+    is. Residual convolutions; the last one starts at zero, so that the pictures stay as decoded."""
+
+    def __init__(self, width=48, layers=3):
+        super().__init__()
+        self.first = nn.Conv2d(7, width, 3, padding=1)
+        self.between = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(layers))
+        self.last = nn.Conv2d(width, 3, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, decoded, pixels, holes):
+        """Decoded and given pictures (B, S, S, 3) in [0, 1], and holes (B, S, S) -> pictures (B, S, S, 3). Of the given
+        ones only the difference from the decoded ones is used, and nothing in the holes."""
+        errors = (pixels - decoded).masked_fill(holes[..., None], 0)
+        x = self.first(torch.cat([decoded, errors, holes[..., None]], dim=-1).permute(0, 3, 1, 2))  # (B, width, S, S)
+        for convolution in self.between:
+            x = x + convolution(F.gelu(x))
+        return decoded + self.last(F.gelu(x)).permute(0, 2, 3, 1)
+
+    @torch.no_grad()
+    def paint(self, decoded, images, holes):
+        """Likewise of arrays, the images as uint8."""
+        device = next(self.parameters()).device
+        tensors = (torch.from_numpy(each).to(device) for each in (decoded, images / np.float32(255), holes))
+        return self(*tensors).cpu().numpy()
+
+
+def train_painter(recipe, tokenizer, pictures, device):
+    """A Painter that has learnt the least squared error in holes of pictures (N, S, S, 3) uint8. The tokens there are
+    those of the picture with noise: about as wrong as the transformer's."""
+    torch.manual_seed(recipe.seed)
+    painter = Painter().to(device)
+    optimizer = torch.optim.AdamW(painter.parameters(), lr=PAINTER_RATE, betas=(0.9, 0.95))  # 0.999 is unstable
+    steps = recipe.painter_steps
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
+    for step in range(steps):
+        rng = np.random.default_rng([recipe.seed, PAINTER_SEED, step])
+        pixels = pictures[np.sort(rng.integers(len(pictures), size=PAINTER_BATCH))] / np.float32(255)
+        if recipe.mirror and rng.random() < 0.5:
+            pixels = pixels[:, :, ::-1].copy()
+        holes = np.stack([HOLES[kind](rng, recipe.size) for kind in rng.choice(list(HOLES), len(pixels))])
+        noise = rng.normal(0, rng.uniform(0, PAINTER_NOISE, (len(pixels), 1, 1, 1)), pixels.shape)
+        decoded = tokenizer.decode(tokenizer.encode((pixels + noise * holes[..., None]).astype(np.float32)))
+        decoded, pixels, holes = (torch.from_numpy(each).to(device) for each in (decoded, pixels, holes))
+        with maskgit.precision_context(device, recipe.precision):
+            painted = painter(decoded, pixels, holes).float()
+        loss = (painted - pixels)[holes].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        if step % max(1, steps // 10) == 0:
+            print(f"painter: step {step}/{steps}  squared error {loss:.5f}", file=sys.stderr, flush=True)
+    return painter.eval()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -534,7 +566,7 @@ def make_batch(recipe, tokenizer, pictures):
     return batch
 
 
-def train_model(recipe, tokenizer, split, device, **options):
+def train_model(recipe, tokenizer, painter, split, device, **options):
     """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
     batch = make_batch(recipe, tokenizer, split.training)
     validation = with_holes(split.validation[:VALIDATION_IMAGES], recipe.hole, VALIDATION_SEED)
@@ -545,8 +577,8 @@ def train_model(recipe, tokenizer, split, device, **options):
         return {"validation": cross_entropy(model, inputs)}
 
     options |= {"best_by": "validation", "validate": validate}
-    if tokenizer.centroids is not None:
-        options["tokenizer"] = tokenizer
+    if painter is not tokenizer:  # which would be a VQGAN's whole file
+        options |= {"tokenizer": tokenizer, "extra": painter.state_dict()}
     return model, maskgit.train(model, batch, recipe, **options)
 
 
@@ -595,14 +627,6 @@ def structural_similarity(x, y):
     return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
 
 
-def mean_colour(images, holes):
-    """The holes in the mean of what is visible."""
-    filled = images.copy()
-    for image, hole in zip(filled, holes, strict=True):
-        image[hole] = GREY if hole.all() else image[~hole].mean(axis=0).round()
-    return filled
-
-
 def score(checkpoint, test, seen, filling, seeds):
     """All scores of a run: of test images with holes, so many draws of each, and for comparison of some that were seen
     in training."""
@@ -615,13 +639,12 @@ def score(checkpoint, test, seen, filling, seeds):
     def scored(name, filled, **more):
         return {"name": name} | more | picture_scores(images, holes, filled)
 
-    rows = [scored("mean colour", mean_colour(images, holes))]
-    for name, blend in (("true tokens", filling.blend), ("true tokens, as decoded", False)):
-        rows.append(scored(name, into_holes(tokenizer, true, images, holes, blend)))
-    for name, way in ways_to_fill(filling, tokenizer).items():
+    rows = [scored("true tokens", into_holes(true, images, holes, checkpoint["painter"]))]
+    rows.append(scored("true tokens, as decoded", into_holes(true, images, holes)))
+    for name, (way, painter) in ways_to_fill(checkpoint, filling).items():
         for seed in range(seeds if way.sample == "categorical" else 1):
             start = time.perf_counter()
-            filled = fill_in_batches(checkpoint, images, holes, way, seed)
+            filled = fill_in_batches(checkpoint | {"painter": painter}, images, holes, way, seed)
             seconds = (time.perf_counter() - start) / len(filled)
             rows.append(scored(name, filled, seed=seed, seconds=seconds, **asdict(way)))
         print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
@@ -636,14 +659,15 @@ def score(checkpoint, test, seen, filling, seeds):
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
 
-def ways_to_fill(filling, tokenizer):
-    """{name: Filling}: as set, without what is done about the rim, and twice without chance."""
-    ways = {"as set": filling, "as set, not blended": replace(filling, blend=False)}
+def ways_to_fill(checkpoint, filling):
+    """{name: (Filling, painter)}: as set, without what is done about the rim, and twice without chance."""
+    painter = checkpoint["painter"]
+    ways = {"as set": (filling, painter), "as decoded": (filling, None)}
     if filling.evidence:
-        ways["as set, neither evidence nor blended"] = replace(filling, evidence=False, blend=False)
-    ways["likeliest, T=1"] = replace(filling, sample="argmax", decode_steps=1)
-    if tokenizer.centroids is not None:
-        ways["expected"] = replace(filling, sample="mean")
+        ways["as decoded, without evidence"] = (replace(filling, evidence=False), None)
+    ways["likeliest, T=1"] = (replace(filling, sample="argmax", decode_steps=1), painter)
+    if checkpoint["tokenizer"].centroids is not None:
+        ways["expected"] = (replace(filling, sample="mean"), painter)
     return ways
 
 
@@ -675,8 +699,8 @@ def paint_pictures(out, checkpoint, images, holes, filling):
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
     tokens, *_ = model_input(checkpoint, images, holes, informed=False)
     true = decode_tokens(tokenizer, tokens)
-    everywhere = into_holes(tokenizer, true, images, np.ones_like(holes), blend=False)
-    in_holes = into_holes(tokenizer, true, images, holes, filling.blend)
+    everywhere = into_holes(true, images, np.ones_like(holes))
+    in_holes = into_holes(true, images, holes, checkpoint["painter"])
     columns = np.stack([images, everywhere, in_holes], axis=1)
     sheet(columns, ["truth", "tokens", "in the hole"]).save(out / "reconstruction.png")
     frames = [grey, *trace_pictures(checkpoint, images, holes, replace(filling, sample="categorical"))]
@@ -709,7 +733,7 @@ def trace_pictures(checkpoint, images, holes, filling):
         masks = hidden.cpu().numpy().reshape(-1, side, side)
         masks = masks.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)
         decoded = decode_tokens(tokenizer, tokens.masked_fill(hidden, 0))
-        pictures = into_holes(tokenizer, decoded, images, holes | masks, filling.blend)
+        pictures = into_holes(decoded, images, holes | masks, checkpoint["painter"])
         shown.append(paste(paste(images, holes, pictures), holes & masks, np.uint8(GREY)))
     return shown
 
@@ -822,7 +846,12 @@ def open_model(path, device):
     checkpoint = maskgit.load_checkpoint(path, device)
     if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
         raise ValueError(f"{path} is no checkpoint of inpaint.py")
-    return checkpoint
+    painter = Painter().to(device).eval()
+    try:
+        painter.load_state_dict(checkpoint["extra"])
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{path} holds no painter: it is damaged, or older than these; train anew") from None
+    return checkpoint | {"painter": painter}
 
 
 def weights_digest(network):
@@ -895,8 +924,8 @@ def fill_files(checkpoint, size, filling, arguments, seed):
     pairs = pair_files(arguments.images, arguments.masks, arguments.out)
     results = [result_files(picture, arguments.out, arguments.samples) for picture, _ in pairs]
     require_free(itertools.chain(*results), pairs, arguments.force or arguments.resume)
-    way = [asdict(filling), seed, arguments.samples, arguments.whole, size, weights_digest(checkpoint["model"])]
-    way.append(getattr(checkpoint["tokenizer"], "sha256", None))
+    networks = [weights_digest(checkpoint[name]) for name in ("model", "painter")]
+    way = [asdict(filling), seed, arguments.samples, arguments.whole, size, networks]
     batches = [slice(start, start + AT_ONCE) for start in range(0, len(pairs), AT_ONCE)]
     digests = [examine(pairs[rows], arguments.invert_masks, [way, rows.start]) for rows in batches]
     if arguments.resume:
@@ -920,7 +949,7 @@ def fill_files(checkpoint, size, filling, arguments, seed):
 # ---------------------------------------------------------------------------------------------------
 # One run
 
-DEFAULTS = dict(dim=128, layers=3, batch_size=8, steps=10_000)
+DEFAULTS = dict(dim=128, layers=4, hidden=128, batch_size=16, steps=5000)
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = dict(dim=768, heads=16, layers=15, hidden=1536, rotary=False, batch_size=10, lr=1e-4, optimizer="adamw")
 REPORT |= dict(betas=(0.9, 0.96), decay="constant", warmup=0, steps=100 * 12_000 // 10, loss="all", mirror=False)
@@ -974,13 +1003,15 @@ def parse_arguments():
 
 
 def train_and_score(record, arguments, recipe, filling, tokenizer=None):
-    """A whole run, with a tokenizer at hand, that of the run which is resumed, or a new one."""
+    """A whole run, with a tokenizer at hand that paints, too, with those of the run which is resumed, or new ones."""
     device = maskgit.open_run(arguments)
     recipe = recipe.on(device)
     out = arguments.out
     started = time.monotonic()
+    painter = tokenizer
     if arguments.resume and not tokenizer:
-        tokenizer = open_model(out / "model.pt", "cpu")["tokenizer"]
+        before = open_model(out / "model.pt", device)
+        tokenizer, painter = before["tokenizer"], before["painter"]
     split, digest = open_pictures(arguments.data, recipe.cartoons, recipe.size, recipe.seed, out)
     recipe = replace(recipe, pictures_sha256=digest)
     counts = {name: len(part) for name, part in split._asdict().items()}
@@ -988,14 +1019,14 @@ def train_and_score(record, arguments, recipe, filling, tokenizer=None):
     if not tokenizer:
         images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
         tokenizer = maskgit.PatchTokenizer.fit(images, recipe.codes, recipe.patch, seed=recipe.seed)
+        painter = train_painter(recipe, tokenizer, split.training, device)
     prepared = time.monotonic()
-    model, history = train_model(
-        recipe, tokenizer, split, device, out=out, resume=arguments.resume, force=arguments.force
-    )
+    options = dict(out=out, resume=arguments.resume, force=arguments.force)
+    model, history = train_model(recipe, tokenizer, painter, split, device, **options)
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()
-    checkpoint = {"model": model, "tokenizer": tokenizer}
+    checkpoint = {"model": model, "tokenizer": tokenizer, "painter": painter}
     images, holes = with_holes(split.test[: arguments.test_images], recipe.hole, TEST_SEED)
     seen = with_holes(split.training[: arguments.test_images], recipe.hole, TEST_SEED)
     figures = {"pictures": counts} | score(checkpoint, (images, holes), seen, filling, arguments.score_seeds)

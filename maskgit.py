@@ -762,7 +762,8 @@ CHECKPOINT_SECONDS = 120  # between two checkpoints
 
 
 def train(
-    model, batch, recipe, *, out=None, resume=False, force=False, validate=None, best_by=None, tokenizer=None
+    model, batch, recipe, *, out=None, resume=False, force=False, validate=None, best_by=None, tokenizer=None,
+    extra=None,
 ):  # fmt: skip
     """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
 
@@ -772,10 +773,10 @@ def train(
     always that of the mean over all tokens of the batch that count.
 
     out is a folder for log.csv, to whose rows validate(model) -> dict of numbers may add columns, and for model.pt,
-    written every two minutes with the tokenizer and the recipe. In the end the model is the last one, or the one whose
-    column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe are the same; force starts
-    over where there is one. ValueError if the loss is no longer finite, if a batch hides nothing, or if another run
-    writes to the same out. However a run ends, the last checkpoint stays whole.
+    written every two minutes with the recipe, the tokenizer and `extra` (tensors and plain values). In the end the
+    model is the last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model
+    and recipe are the same; force starts over where there is one. ValueError if the loss is no longer finite, if a
+    batch hides nothing, or if another run writes to the same out. However a run ends, the last checkpoint stays whole.
     """
     device = next(model.parameters()).device
     rank, world = process_rank()
@@ -811,7 +812,7 @@ def train(
             loss = backward(network, inputs, tokens, counted, coords, recipe.accumulate)
         run.update(loss)
         if rank == 0:
-            run.report(validate, tokenizer)
+            run.report(validate, dict(tokenizer=tokenizer, extra=extra))
     if group:
         # Destroying it holds the interpreter's lock, which Gloo's threads need once more for what is under way; there
         # is nothing to wait for that would say that they are done.
@@ -908,7 +909,7 @@ class Run:
         self.loss_sum = self.loss_sum + loss
         self.seconds = time.monotonic() - self.started
 
-    def report(self, validate, tokenizer):
+    def report(self, validate, belongings):
         """Show the progress, and write log.csv and model.pt when it is time."""
         last = self.step == self.recipe.steps
         if self.path:  # at the first step, since it may be impossible, and whenever somebody has removed it
@@ -917,7 +918,7 @@ class Run:
         if last or self.step % max(1, self.recipe.steps // self.recipe.log_rows) == 0:
             self.log(validate)
         if last or time.monotonic() - self.checkpointed > CHECKPOINT_SECONDS:
-            self.save(tokenizer)
+            self.save(belongings)
 
     def mean_loss(self):
         return float(self.loss_sum) / (self.step - (self.history[-1]["step"] if self.history else 0))
@@ -971,7 +972,7 @@ class Run:
         """When the checkpoint was written, in seconds; -inf if there is none."""
         return self.path.stat().st_mtime if self.path and self.path.exists() else -math.inf
 
-    def save(self, tokenizer):
+    def save(self, belongings):
         self.require_finite()
         progress = {name: getattr(self, name) for name in self.PROGRESS}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -979,8 +980,8 @@ class Run:
         if self.path:
             if self.written() > self.last_written + 2:  # not all file systems are exact to the second
                 raise ValueError(f"another run has written {self.path}; --out renames")
-            belongings = dict(tokenizer=tokenizer, config=asdict(self.recipe), step=self.step, training=training)
-            save_checkpoint(self.path, self.best or self.model, **belongings)
+            state = dict(config=asdict(self.recipe), step=self.step, training=training)
+            save_checkpoint(self.path, self.best or self.model, **state, **belongings)
         self.last_written = self.written()
         self.checkpointed = time.monotonic()
 
@@ -1089,11 +1090,11 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
-def save_checkpoint(path, model, *, tokenizer=None, config=None, step=0, training=None):
+def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, step=0, training=None):
     """Write model.pt, whole or not at all; ValueError if the config has more than plain values."""
     model = unwrapped(model)
     contents = dict(architecture=model.config, weights=model.state_dict(), config=plain(config, "config"))
-    contents |= dict(step=plain(step, "step"), training=training)
+    contents |= dict(step=plain(step, "step"), training=training, extra=extra)
     if tokenizer:
         centroids = torch.from_numpy(tokenizer.centroids)
         contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
@@ -1111,7 +1112,7 @@ def read_tensors(path, device):
 
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer, or
-    None where the tokens are the pixels), config, step, and training, which train(resume=True) goes on from.
+    None where the tokens are the pixels), extra, config, step, and training, which train(resume=True) goes on from.
     ValueError if there is no such file, or it is damaged or something else."""
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}")
@@ -1122,7 +1123,7 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = saved.get("tokenizer")
         if tokenizer:
             tokenizer = PatchTokenizer(tokenizer["centroids"].cpu().numpy(), tokenizer["patch"], tokenizer["stride"])
-        rest = {name: saved[name] for name in ("config", "step", "training")}
+        rest = {name: saved[name] for name in ("config", "step", "training")} | {"extra": saved.get("extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise ValueError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
     return dict(model=model, tokenizer=tokenizer, **rest)

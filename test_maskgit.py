@@ -1873,47 +1873,66 @@ def test_evidence_of_the_visible_pixels_by_loops():
     assert inpaint.pixel_evidence(exact, flat, holes).isfinite().all()
 
 
-def test_a_membrane_solves_laplaces_equation():
-    """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
+def test_a_painter_by_loops():
+    """Convolutions by their definition, of what is decoded, what is off where it is visible, and the hole."""
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(3, 12, 8, 2))
-    holes = rng.random((3, 12, 8)) < 0.6
-    holes[2] = True
-    found = inpaint.membrane(values, holes, sweeps=400)
-    assert (found[~holes] == values[~holes]).all() and (found[2] == 0).all()
+    decoded = rng.random((2, 5, 6, 3), dtype=np.float32)
+    images = rng.integers(256, size=(2, 5, 6, 3), dtype=np.uint8)
+    holes = rng.random((2, 5, 6)) < 0.4
+    torch.manual_seed(0)
+    painter = inpaint.Painter()
+    assert (painter.paint(decoded, images, holes) == decoded).all(), "before it has learnt"
+    for parameter in painter.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    found = painter.paint(decoded, images, holes)
+    gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
+
+    def convolved(x, layer):
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((1, 1), (1, 1), (0, 0))), (3, 3), axis=(0, 1))
+        return np.einsum("rciyx,oiyx->rco", windows, layer.weight.detach()) + layer.bias.detach().numpy()
+
     for b in range(2):
-        matrix = np.eye(96)
-        known = np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
-        for y, x in zip(*holes[b].nonzero(), strict=True):
-            for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-                neighbour = np.clip(y + dy, 0, 11) * 8 + np.clip(x + dx, 0, 7)
-                matrix[y * 8 + x, neighbour] -= 1 / 4
-        np.testing.assert_allclose(found[b].reshape(96, 2), np.linalg.solve(matrix, known), atol=1e-6)
-    few = inpaint.membrane(values, holes)
-    assert np.abs(few - found)[:2].max() < 0.1 * np.abs(values).max()
-    wide = np.zeros((1, 64, 64), bool)
-    wide[0, 2:62, 2:62] = True  # far from its rim, too
-    assert inpaint.membrane(np.ones((1, 64, 64, 1)), wide).min() > 0.99
+        x = [decoded[b], np.where(holes[b][..., None], 0, images[b] / 255 - decoded[b]), holes[b][..., None]]
+        x = np.concatenate(x, axis=-1)
+        x = convolved(x, painter.first)
+        for layer in painter.between:
+            x = x + convolved(gelu(x), layer)
+        np.testing.assert_allclose(found[b], decoded[b] + convolved(gelu(x), painter.last), atol=1e-4)
 
 
-def test_what_is_filled_in_is_shifted_to_join_its_rim():
-    """Pictures brighter than their tokens with soft borders by 40, 20, 10: the shift is known from what is visible."""
+def test_a_painter_learns_what_tokens_do_not_say():
+    """Pictures brighter than their tokens, by as much as only the visible pixels tell."""
     rng = np.random.default_rng(0)
-    tokenizer = PatchTokenizer(rng.random((5, 48), dtype=np.float32) / 2, 4)
-    tokens = rng.integers(5, size=(2, 4, 4))
-    holes = rng.random((2, 16, 16)) < 0.4
-    decoded = inpaint.decode_tokens(tokenizer, torch.from_numpy(tokens).flatten(1))
-    by_hand = np.round(tokenizer.decode(tokens) * 255)
-    soft = np.eye(16)
-    for border in (4, 8, 12):
-        soft[border - 1 : border + 1, border - 1 : border + 1] = [[0.8, 0.2], [0.2, 0.8]]
-    images = (np.einsum("yv,xu,bvuc->byxc", soft, soft, by_hand) + [40, 20, 10]).astype(np.uint8)
-    filled = inpaint.into_holes(tokenizer, decoded, inpaint.paste(images, holes, np.uint8(0)), holes, blend=True)
-    assert np.abs(filled.astype(int) - images).max() <= 2 and (filled[~holes] == images[~holes]).all()
-    plain = inpaint.into_holes(tokenizer, decoded, images, holes, blend=False)
-    assert (plain[holes] == by_hand[holes]).all() and (plain[~holes] == images[~holes]).all()
-    step = np.tile([0, 0, 1.0, 1], (1, 4, 1))[..., None]
-    assert inpaint.soften_borders(step, 2)[0, 0].flatten() == pytest.approx([0, 0.1, 0.9, 1])
+    tokenizer = PatchTokenizer(np.tile(0.8 * rng.random((5, 3), dtype=np.float32), 16), 4)
+    brighter = rng.uniform(0, 0.2, (220, 1, 1, 1))
+    pictures = (255 * (tokenizer.decode(rng.integers(5, size=(220, 4, 4))) + brighter)).astype(np.uint8)
+    recipe = inpaint.Inpainting(size=16, codes=5, painter_steps=120)
+    learnt = inpaint.train_painter(recipe, tokenizer, pictures[20:], torch.device("cpu"))
+    images, holes = inpaint.with_holes(pictures[:20], "brush", seed=1)
+    decoded = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
+    plain, painted = (inpaint.into_holes(decoded, images, holes, painter) for painter in (None, learnt))
+    assert (painted[~holes] == images[~holes]).all() and (plain[holes] == np.round(decoded * 255)[holes]).all()
+    scores = [inpaint.picture_scores(images, holes, filled)["psnr"] for filled in (plain, painted)]
+    assert scores[1] > scores[0] + 2
+
+
+def test_a_painter_is_shown_wrong_tokens_in_holes_alone():
+    """Noise of another strength in each picture, and nothing outside the hole."""
+    shown = []
+
+    class Recorder(PatchTokenizer):
+        def encode(self, images):
+            shown.append(images)
+            return super().encode(images)
+
+    tokenizer = Recorder(np.random.default_rng(0).random((5, 48), dtype=np.float32), 4)
+    pictures = np.full((4, 16, 16, 3), 102, np.uint8)
+    inpaint.train_painter(inpaint.Inpainting(size=16, painter_steps=4), tokenizer, pictures, torch.device("cpu"))
+    noise = np.concatenate(shown) - np.float32(0.4)
+    changed = (np.abs(noise) > 1e-6).any(axis=-1)
+    assert len(noise) == 64 and all(0.2 < share < 0.55 for share in changed.mean(axis=(1, 2)))
+    strengths = [each[hole].std() for each, hole in zip(noise, changed, strict=True)]
+    assert min(strengths) < 0.05 and 0.07 < max(strengths) < 0.12
 
 
 def test_picture_scores_by_hand():
@@ -1972,8 +1991,7 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(3, 16), "box", seed=3)
     tokens, mask, coords, _ = inpaint.model_input(checkpoint, images, holes, informed=False)
     logits = checkpoint["model"](tokens.masked_fill(mask, 16), coords).detach().double()
-    ways = (inpaint.Filling(sample="mean", blend=blend) for blend in (False, True))
-    found, blended = (inpaint.fill(checkpoint, images, holes, way) for way in ways)
+    found = inpaint.fill(checkpoint | {"painter": None}, images, holes, inpaint.Filling(sample="mean"))
     for i, t in mask.nonzero().tolist():
         probabilities = logits[i, t].softmax(dim=-1).tolist()
         expected = sum(p * c for p, c in zip(probabilities, checkpoint["tokenizer"].centroids, strict=True))
@@ -1981,24 +1999,14 @@ def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
         error = (found[cell] - 255 * expected.reshape(4, 4, 3))[holes[cell]]
         assert np.abs(error).max() < 2.5  # rounded, and in bf16 where the processor has it
     assert (found[~holes] == images[~holes]).all()
-    assert inpaint.picture_scores(images, holes, blended)["psnr"] > inpaint.picture_scores(images, holes, found)["psnr"]
     write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.5))
     results = [filled_pairs(inpaint_run, tmp_path, "--sample", "mean", "--force", "--seed", seed) for seed in (0, 1)]
     assert all((results[0][name] == results[1][name]).all() for name in results[0])
 
 
-def test_mean_colour_is_that_of_the_visible_pixels():
-    image = noise_picture(0)[None]
-    hole = np.random.default_rng(1).random((1, 16, 20)) < 0.4
-    found = inpaint.mean_colour(image, hole)
-    expected = (image * ~hole[..., None]).sum(axis=(0, 1, 2)) / (~hole).sum()
-    assert (found[~hole] == image[~hole]).all()
-    assert np.abs(found[hole] - expected).max() <= 0.5
-    assert (inpaint.mean_colour(image, np.ones_like(hole)) == 128).all()
-
-
 TINY_CATS = ["--cartoons", "150", "--size", "16", "--codes", "16", "--dim", "16", "--heads", "2", "--layers", "1"]
 TINY_CATS += ["--batch-size", "8", "--steps", "4", "--test-images", "8", "--device", "cpu", "--precision", "float32"]
+TINY_CATS += ["--painter-steps", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -2018,7 +2026,7 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in [*rows, *as_set.values()])
     psnr = {row["name"]: row["psnr"] for row in rows}
     assert as_set["brush"]["psnr"] == psnr["as set"], "the same pictures, holes and draws"
-    variants = ("as set", "as set, not blended", "as set, neither evidence nor blended", "likeliest, T=1")
+    variants = ("as set", "as decoded", "as decoded, without evidence", "likeliest, T=1")
     assert len({psnr[name] for name in variants}) == 4 and len(psnr) == len(rows)
     assert sum(figures["pictures"].values()) == 150
     assert figures["validation"] == min(logged(inpaint_run, "validation"))
@@ -2063,6 +2071,8 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
         assert call(inpaint, *options, twice, "--resume", *change) == 0
         assert torch.equal(saved_weights(once), saved_weights(twice))
         assert (saved(once)["tokenizer"].centroids == saved(twice)["tokenizer"].centroids).all()
+        painters = [saved(run)["extra"] for run in (once, twice)]
+        assert all(torch.equal(painters[0][name], painters[1][name]) for name in painters[0])
         assert "likeliest, T=1" in capsys.readouterr().out
     assert call(inpaint, *options, twice, "--resume", "--dim", 32) == 2
     assert "trained with dim=16, not 32" in capsys.readouterr().err
@@ -2114,7 +2124,8 @@ def test_training_batches(monkeypatch):
     batch = inpaint.make_batch(replace(recipe, batch_size=1, hole_rows=0.9), tokenizer, images)
     assert all(batch(step)[1].any() for step in range(50)), "something is hidden in the smallest batch"
     monkeypatch.setattr(maskgit, "train", lambda *_, best_by, **options: best_by)
-    assert inpaint.train_model(recipe, tokenizer, inpaint.Split(*3 * [images]), "cpu")[1] == "validation"
+    parts = recipe, tokenizer, inpaint.Painter(), inpaint.Split(*3 * [images])
+    assert inpaint.train_model(*parts, "cpu")[1] == "validation"
 
 
 def test_the_reports_preset_carries_their_numbers(monkeypatch):
@@ -2400,10 +2411,10 @@ def test_memory_does_not_grow_with_the_pictures(inpaint_run, tmp_path, monkeypat
 
 def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
     """By a linear schedule 16 tokens in 5 steps; the pictures show those that are left in grey."""
-    checkpoint = saved(inpaint_run)
+    checkpoint = saved(inpaint_run) | {"painter": None}
     cats = inpaint.cartoon_cats(1, 16).repeat(2, axis=0)
     holes = np.ones((2, 16, 16), bool)
-    way = inpaint.Filling(decode_steps=5, schedule="linear", temperature=1.0, evidence=False, blend=False)
+    way = inpaint.Filling(decode_steps=5, schedule="linear", temperature=1.0, evidence=False)
     shown = inpaint.trace_pictures(checkpoint, cats[:1], holes[:1], way)
     grey = [maskgit.image_patches(pictures == 128, 4, 4).all(axis=-1).sum() for pictures in shown]
     assert grey == [12, 9, 6, 3, 0]
@@ -2720,6 +2731,29 @@ def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
     assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
 
 
+def test_a_membrane_solves_laplaces_equation():
+    """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(3, 12, 8, 2))
+    holes = rng.random((3, 12, 8)) < 0.6
+    holes[2] = True
+    found = vqgan.membrane(values, holes, sweeps=400)
+    assert (found[~holes] == values[~holes]).all() and (found[2] == 0).all()
+    for b in range(2):
+        matrix = np.eye(96)
+        known = np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
+        for y, x in zip(*holes[b].nonzero(), strict=True):
+            for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                neighbour = np.clip(y + dy, 0, 11) * 8 + np.clip(x + dx, 0, 7)
+                matrix[y * 8 + x, neighbour] -= 1 / 4
+        np.testing.assert_allclose(found[b].reshape(96, 2), np.linalg.solve(matrix, known), atol=1e-6)
+    few = vqgan.membrane(values, holes)
+    assert np.abs(few - found)[:2].max() < 0.1 * np.abs(values).max()
+    wide = np.zeros((1, 64, 64), bool)
+    wide[0, 2:62, 2:62] = True  # far from its rim, too
+    assert vqgan.membrane(np.ones((1, 64, 64, 1)), wide).min() > 0.99
+
+
 @pytest.fixture
 def small_vqgan(monkeypatch):
     monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
@@ -2744,7 +2778,7 @@ def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):
     """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights."""
-    monkeypatch.setattr(inpaint, "ways_to_fill", lambda filling, tokenizer: {"as set": filling})
+    monkeypatch.setattr(inpaint, "ways_to_fill", lambda parts, filling: {"as set": (filling, parts["painter"])})
     monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
     monkeypatch.setattr(inpaint, "paint_pictures", lambda *_: None)
     state = small_vqgan.state_dict()
@@ -3300,7 +3334,7 @@ def test_threads_soon_sleep_unless_somebody_wants_it_otherwise(given, expected):
 
 FLAGS = {
     train_squares: "--preset --head --grid --weight-decay --positions",
-    inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --no-blend",
+    inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --painter-steps",
     train_rectangles: "--task --rectangles --points --fixed-points --no-rotary",
     vqgan: "--vqgan --transformer --checkpoint --data --preset",
 }

@@ -10,7 +10,7 @@ between the true pictures and the filled ones, by the 128 features of a small ne
 training pictures, to tell by which of four right angles a picture was turned; with --weights by Inception's (FID).
 
 "OpenCV" are its two methods, which need no model (python -m pip install -r benchmarks/requirements.txt).
-"reports" are R1 and R2's schedules and numbers of steps, with what else they set: no evidence, not blended. A picture
+"reports" are R1 and R2's schedules and numbers of steps, with what else they set: no evidence, no painter. A picture
 of what they fill in, step by step, lies beside the JSON.
 """
 
@@ -29,9 +29,10 @@ import fid
 import inpaint
 from maskgit import CommandLine, at_least, named, pick_device, print_table, run_as_script, run_record, write_figures
 
-REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False, "blend": False}
+REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False}
+AS_DECODED = ("neither", "reports")  # ways without the painter
 # What each changes in an inpaint.Filling.
-WAYS = {"as set": {}, "neither": {"evidence": False, "blend": False}}
+WAYS = {"as set": {}, "neither": {"evidence": False}}
 WAYS |= {"likeliest": {"sample": "argmax", "decode_steps": 1}, "expected": {"sample": "mean"}}
 WAYS |= {f"order {order}": {"order": order} for order in ("random", "entropy")}
 WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.2, 0.7, 1.0)}
@@ -44,6 +45,8 @@ KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "
 
 
 def fill(way, checkpoint, images, holes, seed):
+    if way.startswith(AS_DECODED):
+        checkpoint = checkpoint | {"painter": None}
     if way not in OPENCV:
         return inpaint.fill_in_batches(checkpoint, images, holes, replace(inpaint.Filling(), **WAYS[way]), seed)
     import cv2  # nothing else needs it
@@ -139,7 +142,7 @@ def main():
         holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)  # 0: those of the run's scores
         tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
         decoded = inpaint.decode_tokens(checkpoint["tokenizer"], tokens)
-        true_tokens = inpaint.into_holes(checkpoint["tokenizer"], decoded, images, holes, True)
+        true_tokens = inpaint.into_holes(decoded, images, holes, checkpoint["painter"])
         judge(kind, "true tokens", true_tokens, holes, draw)
         for way in ways:
             judge(kind, way, fill(way, checkpoint, images, holes, draw), holes, draw)
@@ -155,7 +158,8 @@ def main():
     if arguments.json and "reports" in arguments.ways:
         filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8)
         fillings = [replace(filling, schedule=schedule) for schedule in STUDY[0]]
-        traces = [inpaint.trace_pictures(checkpoint, images[:1], holes[:1], each) for each in fillings]
+        plain = checkpoint | {"painter": None}
+        traces = [inpaint.trace_pictures(plain, images[:1], holes[:1], each) for each in fillings]
         shown = np.array([trace + trace[-1:] * (8 - len(trace)) for trace in traces])  # a small hole takes fewer steps
         inpaint.sheet(shown, [f"step {t}" for t in range(1, 9)]).save(arguments.json.with_suffix(".png"))
 

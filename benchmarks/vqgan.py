@@ -6,7 +6,7 @@
 Without files the weights are random, which changes neither time nor memory. Every measurement is a process of its own,
 so that its memory can be told: the peak, with the weights and what torch itself takes. Then the share of visible tokens
 that differ from those of the whole picture, once with grey holes, as the reports encode them, and once with a membrane
-in the holes, as inpaint.py does: only real weights can say which is better.
+in the holes, as extras/vqgan.py does: only real weights can say which is better.
 """
 
 import multiprocessing
@@ -41,7 +41,8 @@ def measure(what, count, tokenizer_file, transformer_file):
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
     tokens = np.random.default_rng(0).integers(1024, size=(count, 16, 16))
     if what == "fill":
-        checkpoint = {"model": vqgan.load_transformer(transformer_file, pick_device()), "tokenizer": tokenizer}
+        checkpoint = {"model": vqgan.load_transformer(transformer_file, pick_device())}
+        checkpoint |= {"tokenizer": tokenizer, "painter": tokenizer}
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -62,7 +63,7 @@ def changed_tokens(count, tokenizer_file):
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(count, 64), "brush", seed=0)
     visible = ~holes.reshape(count, 16, 4, 16, 4).any(axis=(2, 4))
     pixels = images / np.float32(255)
-    views = {"grey": inpaint.paste(pixels, holes, inpaint.GREY / 255), "membrane": inpaint.membrane(pixels, holes)}
+    views = {"grey": inpaint.paste(pixels, holes, inpaint.GREY / 255), "membrane": vqgan.membrane(pixels, holes)}
     whole = tokenizer.encode(pixels)
     return {name: float((tokenizer.encode(view) != whole)[visible].mean()) for name, view in views.items()}
 

@@ -108,7 +108,8 @@ class VQGAN(nn.Module):
 
     @torch.inference_mode()
     def encode(self, images):
-        """Images (B, 64, 64, 3) in [0, 1] -> tokens (B, 16, 16)."""
+        """Images (B, 64, 64, 3) in [0, 1] -> tokens (B, 16, 16). What is nan is covered by a membrane."""
+        images = membrane(images, np.isnan(images[..., 0]))
         codebook = self.codebook.embedding.weight.detach().cpu().numpy()  # (1024, 256)
         tokens = []
         for start in range(0, len(images), AT_ONCE):
@@ -128,6 +129,30 @@ class VQGAN(nn.Module):
             pixels = self.decoder(self.post_quant_conv(latents)).permute(0, 2, 3, 1).cpu().numpy()
             images.append((pixels * self.std + self.mean).clip(0, 1))
         return np.concatenate(images)
+
+    def paint(self, decoded, images, holes):
+        """Decoded pictures shifted to join images uint8 at the rim of their holes, where these show by how much they
+        are off: this error is continued as a membrane (Pérez et al., Poisson image editing, 2003)."""
+        return decoded + membrane(images / np.float32(255) - decoded, holes)
+
+
+def membrane(values, holes, sweeps=16):
+    """Values (B, H, W, C), where those in the holes (B, H, W) become a membrane stretched over the others.
+    Each hidden value is then the mean of its four neighbours, up to what `sweeps` at each size leave; where all is
+    hidden it is 0."""
+    b, height, width, channels = values.shape
+    hidden = holes[..., None]
+    values = np.where(hidden, 0, values)
+    if holes.any() and height % 2 == width % 2 == 0:  # start from the membrane of half the size
+        sums = values.reshape(b, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
+        known = (~holes).reshape(b, height // 2, 2, width // 2, 2).sum(axis=(2, 4))
+        coarse = membrane(sums / known.clip(min=1)[..., None], known == 0)
+        values = np.where(hidden, coarse.repeat(2, axis=1).repeat(2, axis=2), values)
+    for _ in range(sweeps):
+        padded = np.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        mean = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
+        values = np.where(hidden, mean / 4, values)
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -297,6 +322,7 @@ class OnVQGAN(inpaint.Inpainting):
     """All that decides the weights of a run on the tokens of a VQGAN."""
 
     vqgan_sha256: str = maskgit.setting("", None)
+    painter_steps: int = maskgit.setting(0, None)  # a VQGAN's decoder paints
 
     def __post_init__(self):
         super().__post_init__()
@@ -339,13 +365,14 @@ def main():
     arguments, recipe, filling = parse_arguments()
     device = maskgit.pick_device(arguments.device)
     vqgan = load_vqgan(arguments.vqgan, device, "filling" if arguments.transformer else "training")
+    parts = {"tokenizer": vqgan, "painter": vqgan}
     if arguments.transformer:
-        checkpoint = {"model": load_transformer(arguments.transformer, device), "tokenizer": vqgan}
+        checkpoint = parts | {"model": load_transformer(arguments.transformer, device)}
         inpaint.fill_files(checkpoint, recipe.size, filling, arguments, recipe.seed)
     elif arguments.checkpoint:
         checkpoint = maskgit.load_checkpoint(arguments.checkpoint, device)
         require_vqgan(arguments.checkpoint, checkpoint["config"], vqgan)
-        inpaint.fill_files(checkpoint | {"tokenizer": vqgan}, recipe.size, filling, arguments, recipe.seed)
+        inpaint.fill_files(checkpoint | parts, recipe.size, filling, arguments, recipe.seed)
     else:
         if arguments.resume:
             path = arguments.out / "model.pt"
