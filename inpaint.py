@@ -380,7 +380,7 @@ def model_input(checkpoint, images, holes, informed, targets=True):
 
 
 def fill(checkpoint, images, holes, filling, seed=0, trace=None, whole=False):
-    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of load_checkpoint, in
+    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of open_model, in
     the way of a Filling; trace goes to decode. `whole` shows the tokens of what is visible, too. The sample "mean" is
     what is expected in the holes: of all fillings that of the least squared error. It takes no evidence, by which
     strokes in photographs would lose."""
@@ -451,6 +451,11 @@ def decode_tokens(tokenizer, tokens):
     """Tokens (B, T) of square pictures -> (B, S, S, 3)."""
     side = math.isqrt(tokens.shape[1])
     return tokenizer.decode(tokens.cpu().numpy().reshape(-1, side, side))
+
+
+def true_tokens(tokenizer, images):
+    """The pictures that the tokens of images (B, S, S, 3) uint8 stand for."""
+    return tokenizer.decode(tokenizer.encode(images / np.float32(255)))
 
 
 def into_holes(decoded, images, holes, painter=None):
@@ -531,20 +536,16 @@ def train_painter(recipe, tokenizer, pictures, device):
 # Training, scores and pictures of a run
 
 
-def encode_training(tokenizer, codes, pictures, mirror):
-    """The tokens of pictures (N, S, S, 3), and of their mirror images: (N or 2 N, h, w), in a temporary file."""
-    smallest = np.min_scalar_type(codes - 1)
-    with tempfile.TemporaryFile() as file:
-        for view in (pictures, pictures[:, :, ::-1]) if mirror else (pictures,):
-            for start in range(0, len(pictures), 256):
-                tokens = tokenizer.encode(view[start : start + 256] / np.float32(255))
-                file.write(tokens.astype(smallest).tobytes())
-        return np.memmap(file, smallest, "r+").reshape(-1, *tokens.shape[1:])
+def encode_training(tokenizer, pictures, mirror):
+    """The tokens of pictures (N, S, S, 3), and of their mirror images: (N or 2 N, h, w)."""
+    views = (pictures, pictures[:, :, ::-1]) if mirror else (pictures,)
+    parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
+    return np.concatenate([tokenizer.encode(part / np.float32(255)).astype(np.int32) for part in parts])
 
 
 def make_batch(recipe, tokenizer, pictures):
     """batch(step) for train(): some rows hide what the recipe says, the others holes, half of them filled in part."""
-    grids = encode_training(tokenizer, recipe.codes, pictures, recipe.mirror)  # (N, h, w)
+    grids = encode_training(tokenizer, pictures, recipe.mirror)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
     # Never all of them: a row with a hole may have nothing left to fill, one at random has.
     with_hole = int(recipe.hole_rows * recipe.batch_size)
@@ -633,8 +634,7 @@ def score(checkpoint, test, seen, filling, seeds):
     images, holes = test
     model = checkpoint["model"]
     tokenizer = checkpoint["tokenizer"]
-    tokens, mask, *_ = model_input(checkpoint, images, holes, informed=False)
-    true = decode_tokens(tokenizer, tokens)
+    true = true_tokens(tokenizer, images)
 
     def scored(name, filled, **more):
         return {"name": name} | more | picture_scores(images, holes, filled)
@@ -655,7 +655,7 @@ def score(checkpoint, test, seen, filling, seeds):
     entropies["seen"] = cross_entropy(model, input_batches(checkpoint, *seen))
     if tokenizer.centroids is not None:
         entropies["with evidence"] = cross_entropy(model, input_batches(checkpoint, *test, informed=True))
-    hidden = {"pixels": float(holes.mean()), "tokens": float(mask.float().mean())}
+    hidden = {"pixels": float(holes.mean()), "tokens": float(hidden_tokens(tokenizer, holes).float().mean())}
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
 
@@ -672,17 +672,12 @@ def ways_to_fill(checkpoint, filling):
 
 
 def print_scores(figures):
-    """Means of each way's draws, with the lowest and highest where there are several."""
-
-    def shown(values):
-        spread = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-        return f"{np.mean(values):.4g}{spread}" if values else ""
-
+    """Means of each way's draws."""
     names = ("psnr", "l1", "ssim", "seconds")
     table = []
     for way, rows in itertools.groupby(figures["rows"], lambda row: row["name"]):
-        rows = list(rows)
-        table.append([way, *(shown([row[name] for row in rows if name in row]) for name in names)])
+        values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
+        table.append([way, *(f"{value:.4g}" for value in values.mean(axis=0))])
     maskgit.print_table(["filled by", *names], table)
     table = [[name, *(f"{value:.4g}" for value in scores.values())] for name, scores in figures["as set"].items()]
     maskgit.print_table(["as set, on", "psnr", "l1", "ssim"], table)
@@ -692,13 +687,11 @@ def print_scores(figures):
 
 def paint_pictures(out, checkpoint, images, holes, filling):
     """samples.png, reconstruction.png and decode.gif."""
-    tokenizer = checkpoint["tokenizer"]
     grey = paste(images, holes, np.uint8(GREY))
     filled = [fill_in_batches(checkpoint, images, holes, filling, seed) for seed in range(3)]
     columns = np.stack([grey, *filled, images], axis=1)
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
-    tokens, *_ = model_input(checkpoint, images, holes, informed=False)
-    true = decode_tokens(tokenizer, tokens)
+    true = true_tokens(checkpoint["tokenizer"], images)
     everywhere = into_holes(true, images, np.ones_like(holes))
     in_holes = into_holes(true, images, holes, checkpoint["painter"])
     columns = np.stack([images, everywhere, in_holes], axis=1)

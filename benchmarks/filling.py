@@ -140,10 +140,8 @@ def main():
     seed = inpaint.TEST_SEED if arguments.part == "test" else inpaint.VALIDATION_SEED
     for kind, draw in itertools.product(arguments.holes, range(arguments.seeds)):
         holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)  # 0: those of the run's scores
-        tokens, *_ = inpaint.model_input(checkpoint, images, holes, informed=False)
-        decoded = inpaint.decode_tokens(checkpoint["tokenizer"], tokens)
-        true_tokens = inpaint.into_holes(decoded, images, holes, checkpoint["painter"])
-        judge(kind, "true tokens", true_tokens, holes, draw)
+        decoded = inpaint.true_tokens(checkpoint["tokenizer"], images)
+        judge(kind, "true tokens", inpaint.into_holes(decoded, images, holes, checkpoint["painter"]), holes, draw)
         for way in ways:
             judge(kind, way, fill(way, checkpoint, images, holes, draw), holes, draw)
     write_figures(record, vars(arguments), figures | {"rows": rows}, arguments.json)
