@@ -616,11 +616,13 @@ def picture_scores(images, holes, filled):
 
 def structural_similarity(x, y):
     """SSIM (Wang et al. 2004): Gaussian windows of 11x11 with sigma 1.5 that fit inside, mean over all channels."""
-    window = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = (window[:, None] * window / window.sum() ** 2)[None, None]
+    bell = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+    down, across = ((bell / bell.sum()).reshape(1, 1, *sides) for sides in ((11, 1), (1, 11)))
     x, y = (torch.from_numpy(images).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] / 255 for images in (x, y))
     # Each (B * C, 1, H, W) becomes (B * C, 1, H - 10, W - 10).
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (F.conv2d(v, window) for v in (x, y, x * x, y * y, x * y))
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
+        F.conv2d(F.conv2d(v, down), across) for v in (x, y, x * x, y * y, x * y)
+    )
     variances = mean_xx - mean_x**2 + mean_yy - mean_y**2
     covariance = mean_xy - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
