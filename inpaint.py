@@ -845,7 +845,7 @@ def open_model(path, device):
     try:
         painter.load_state_dict(checkpoint["extra"])
     except (RuntimeError, TypeError):
-        raise ValueError(f"{path} holds no painter: it is damaged, or older than these; train anew") from None
+        raise ValueError(f"{path} holds no painter, so an earlier version wrote it; train it anew") from None
     return checkpoint | {"painter": painter}
 
 

@@ -2437,6 +2437,9 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     (others / "mask_001.png").rename(others / "mask_007.png")
     empty.mkdir()
     maskgit.save_checkpoint(other, tiny_model())
+    old = tmp_path / "old.pt"
+    parts = saved(inpaint_run)
+    maskgit.save_checkpoint(old, parts["model"], tokenizer=parts["tokenizer"], config=parts["config"])
     by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, out)]
     for *arguments, said in [
         (*by_run, "--images", empty, "holds no pictures"),
@@ -2460,6 +2463,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
         (*TINY_CATS, "--out", out, "--size", 8, "size is 8; it must be at least 11"),
         (*TINY_CATS, "--out", out, "--see", 8, "unrecognized arguments"),
         (*by_run, "--checkpoint", other, "no checkpoint of inpaint.py"),
+        (*by_run, "--checkpoint", old, "holds no painter"),
         (*by_run, "--checkpoint", images / "image_000.png", "damaged or no checkpoint"),
         (*by_run, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
         (*TINY_CATS, "--out", out, "--data", empty, "holds no pictures"),
@@ -2752,6 +2756,9 @@ def test_a_membrane_solves_laplaces_equation():
     wide = np.zeros((1, 64, 64), bool)
     wide[0, 2:62, 2:62] = True  # far from its rim, too
     assert vqgan.membrane(np.ones((1, 64, 64, 1)), wide).min() > 0.99
+    decoded = np.float32(inpaint.cartoon_cats(1, 64) / 2 / 255)
+    painted = vqgan.VQGAN.paint(None, decoded, np.uint8(255 * decoded + 51), wide)
+    np.testing.assert_allclose(painted, decoded + 0.2, atol=0.01)  # it was too dark by a fifth
 
 
 @pytest.fixture
@@ -2763,16 +2770,19 @@ def small_vqgan(monkeypatch):
 
 
 def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
-    """Of two pictures that differ in a hole alone even visible tokens differ, but not those that the model is given."""
+    """Of two pictures that differ in a hole alone even visible tokens differ, but not those that the model is given:
+    those of both with a membrane over the hole."""
     images = inpaint.cartoon_cats(1, 64).repeat(2, axis=0)
     holes = np.zeros((2, 64, 64), bool)
     holes[:, 20:44, 20:44] = True
     images[1][holes[1]] = 255 - images[1][holes[1]]
     true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
+    covered = small_vqgan.encode(vqgan.membrane(images / np.float32(255), holes))
     checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
     for targets in (True, False):
         tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)
-        assert (true[0] != true[1])[~mask[0]].any() and torch.equal(tokens[0][~mask[0]], tokens[1][~mask[1]])
+        assert (true[0] != true[1])[~mask[0]].any()
+        assert torch.equal(tokens[~mask], torch.from_numpy(covered).flatten(1)[~mask])
         assert torch.equal(tokens[mask], true[mask]) == targets
 
 

@@ -146,6 +146,8 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("together.update(digest)", "pass"),
     ],
     "extras/vqgan.py": [
+        ("np.isnan(images[..., 0])", "np.zeros(images.shape[:3], bool)"),
+        ("decoded + membrane(images / np.float32(255) - decoded, holes)", "decoded"),
         ("if trained != vqgan.sha256:", "if not trained:"),
         ('"filling" if arguments.transformer else "training"', '"training"'),
         ("nn.ZeroPad2d((0, 1, 0, 1))", "nn.ZeroPad2d((1, 0, 1, 0))"),
