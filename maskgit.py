@@ -773,10 +773,10 @@ def train(
     always that of the mean over all tokens of the batch that count.
 
     out is a folder for log.csv, to whose rows validate(model) -> dict of numbers may add columns, and for model.pt,
-    written every two minutes with the recipe, the tokenizer and `extra` (tensors and plain values). In the end the
-    model is the last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model
-    and recipe are the same; force starts over where there is one. ValueError if the loss is no longer finite, if a
-    batch hides nothing, or if another run writes to the same out. However a run ends, the last checkpoint stays whole.
+    written every two minutes with the recipe, the tokenizer and `extra`, a dict of tensors. In the end the model is the
+    last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe
+    are the same; force starts over where there is one. ValueError if the loss is no longer finite, if a batch hides
+    nothing, or if another run writes to the same out. However a run ends, the last checkpoint stays whole.
     """
     device = next(model.parameters()).device
     rank, world = process_rank()
@@ -1091,8 +1091,11 @@ def whole_file(path):
 
 
 def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, step=0, training=None):
-    """Write model.pt, whole or not at all; ValueError if the config has more than plain values."""
+    """Write model.pt, whole or not at all; ValueError if the config has more than plain values, or extra more than
+    tensors."""
     model = unwrapped(model)
+    if not all(isinstance(value, torch.Tensor) for value in (extra or {}).values()):
+        raise ValueError("extra is no dict of tensors")
     contents = dict(architecture=model.config, weights=model.state_dict(), config=plain(config, "config"))
     contents |= dict(step=plain(step, "step"), training=training, extra=extra)
     if tokenizer:

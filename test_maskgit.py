@@ -1051,7 +1051,9 @@ def test_what_is_written_can_be_read(tmp_path):
     assert torch.equal(saved_weights(tmp_path), weights(model))
     assert saved(tmp_path)["config"]["betas"] == (0.5, 0.9) and saved(tmp_path)["tokenizer"].patch == 3
     config = {"a": np.float32(0.5), "b": [np.int64(1)], "c": {"d": np.bool_(True)}, "e": None}
-    maskgit.save_checkpoint(tmp_path / "other.pt", model, config=config, step=np.int64(7))
+    extra = {"a": torch.ones(2)}
+    maskgit.save_checkpoint(tmp_path / "other.pt", model, config=config, step=np.int64(7), extra=extra)
+    assert torch.equal(maskgit.load_checkpoint(tmp_path / "other.pt")["extra"]["a"], torch.ones(2))
     assert maskgit.load_checkpoint(tmp_path / "other.pt")["config"] == {"a": 0.5, "b": [1], "c": {"d": True}, "e": None}
 
 
@@ -1063,6 +1065,7 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
         ({"a": np.ones(2)}, "a is"),
     ]:
         assert re.search(said, refusal(maskgit.save_checkpoint, path, tiny_model(), config=config))
+    assert "no dict of tensors" in refusal(maskgit.save_checkpoint, path, tiny_model(), extra={"a": np.ones(2)})
     wrapped = torch.nn.DataParallel(tiny_model(codes=2))
     assert "give its .module" in refusal(maskgit.save_checkpoint, path, wrapped)
     assert "give its .module" in refusal(train, wrapped, striped_batch, recipe(), out=tmp_path)
