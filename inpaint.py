@@ -681,7 +681,7 @@ def print_scores(figures):
     table = []
     for way, rows in itertools.groupby(figures["rows"], lambda row: row["name"]):
         values = np.array([[row.get(name, math.nan) for name in names] for row in rows])
-        table.append([way, *(f"{value:.4g}" for value in values.mean(axis=0))])
+        table.append([way, *("" if math.isnan(value) else f"{value:.4g}" for value in values.mean(axis=0))])
     maskgit.print_table(["filled by", *names], table)
     table = [[name, *(f"{value:.4g}" for value in scores.values())] for name, scores in figures["as set"].items()]
     maskgit.print_table(["as set, on", "psnr", "l1", "ssim"], table)
@@ -1014,6 +1014,7 @@ def train_and_score(record, arguments, recipe, filling, tokenizer=None):
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
     if not tokenizer:
+        out.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
         images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
         tokenizer = maskgit.PatchTokenizer.fit(images, recipe.codes, recipe.patch, seed=recipe.seed)
         painter = train_painter(recipe, tokenizer, split.training, device)
