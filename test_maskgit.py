@@ -1876,32 +1876,71 @@ def test_evidence_of_the_visible_pixels_by_loops():
     assert inpaint.pixel_evidence(exact, flat, holes).isfinite().all()
 
 
-def test_a_painter_by_loops(monkeypatch):
-    """Convolutions by their definition, of what is decoded, what is off where it is visible, and the hole."""
+def test_a_membrane_solves_laplaces_equation():
+    """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
     rng = np.random.default_rng(0)
-    decoded = rng.random((2, 5, 6, 3), dtype=np.float32)
-    images = rng.integers(256, size=(2, 5, 6, 3), dtype=np.uint8)
-    holes = rng.random((2, 5, 6)) < 0.4
+    values = torch.from_numpy(rng.normal(size=(3, 2, 12, 8)))
+    holes = torch.from_numpy(rng.random((3, 1, 12, 8)) < 0.6)
+    holes[2] = True
+    found = inpaint.membrane(values, holes, sweeps=400)
+    assert torch.equal(found[:2][~holes[:2].expand(2, 2, 12, 8)], values[:2][~holes[:2].expand(2, 2, 12, 8)])
+    assert (found[2] == 0).all()
+    for b in range(2):
+        matrix = np.eye(96)
+        known = values[b].masked_fill(holes[b], 0).reshape(2, 96).numpy()
+        for y, x in zip(*holes[b, 0].numpy().nonzero(), strict=True):
+            for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                neighbour = np.clip(y + dy, 0, 11) * 8 + np.clip(x + dx, 0, 7)
+                matrix[y * 8 + x, neighbour] -= 1 / 4
+        np.testing.assert_allclose(found[b].reshape(2, 96).T, np.linalg.solve(matrix, known.T), atol=1e-6)
+    few = inpaint.membrane(values, holes)
+    assert (few - found)[:2].abs().max() < 0.1 * values.abs().max()
+    wide = torch.zeros(1, 1, 64, 64, dtype=torch.bool)
+    wide[..., 2:62, 2:62] = True  # far from its rim, too
+    values = torch.full((1, 3, 64, 64), 0.5).masked_fill(wide, math.nan)
+    np.testing.assert_allclose(inpaint.membrane(values, wide), 0.5, atol=0.01)
+
+
+def test_a_painter_by_loops(monkeypatch):
+    """What is decoded, joined to what is visible; then convolutions by their definition, on two scales."""
+    rng = np.random.default_rng(0)
+    decoded = rng.random((2, 9, 8, 3), dtype=np.float32)
+    images = rng.integers(256, size=(2, 9, 8, 3), dtype=np.uint8)
+    holes = rng.random((2, 9, 8)) < 0.4
     monkeypatch.setattr(inpaint, "AT_ONCE", 1)
     torch.manual_seed(0)
     painter = inpaint.Painter()
-    assert (painter.paint(decoded, images, holes) == decoded).all(), "before it has learnt"
+    pixels = images / np.float32(255)
+    errors = torch.from_numpy(pixels - decoded).permute(0, 3, 1, 2)
+    joined = decoded + inpaint.membrane(errors, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(joined[~holes], pixels[~holes], atol=1e-6)
+    for paint in (painter.paint, functools.partial(vqgan.VQGAN.paint, None)):  # the first one has learnt nothing yet
+        np.testing.assert_allclose(paint(decoded, images, holes), joined, atol=1e-6)
     for parameter in painter.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     found = painter.paint(decoded, images, holes)
     gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
 
-    def convolved(x, layer):
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(x, ((1, 1), (1, 1), (0, 0))), (3, 3), axis=(0, 1))
+    def convolved(x, layer, stride=1):
+        side = layer.weight.shape[-1]
+        x = np.pad(x, ((1, 1), (1, 1), (0, 0))) if side == 3 else x
+        windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(0, 1))[::stride, ::stride]
         return np.einsum("rciyx,oiyx->rco", windows, layer.weight.detach()) + layer.bias.detach().numpy()
 
+    def between(count, fine):  # of `count` points those at each of as many finer ones, by linear interpolation
+        at = ((np.arange(fine) + 0.5) * count / fine - 0.5).clip(0, count - 1)
+        return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(count)))
+
     for b in range(2):
-        x = [decoded[b], np.where(holes[b][..., None], 0, images[b] / 255 - decoded[b]), holes[b][..., None]]
-        x = np.concatenate(x, axis=-1)
-        x = convolved(x, painter.first)
-        for layer in painter.between:
+        x = convolved(np.concatenate([joined[b], holes[b][..., None]], axis=-1), painter.first)
+        far = convolved(gelu(x), painter.down, stride=4)
+        assert far.shape == (2, 2, 64)
+        for layer in painter.far:
+            far = far + convolved(gelu(far), layer)
+        x = x + np.einsum("yr,xc,rci->yxi", between(2, 9), between(2, 8), convolved(gelu(far), painter.up))
+        for layer in painter.near:
             x = x + convolved(gelu(x), layer)
-        np.testing.assert_allclose(found[b], decoded[b] + convolved(gelu(x), painter.last), atol=1e-4)
+        np.testing.assert_allclose(found[b], joined[b] + convolved(gelu(x), painter.last), atol=1e-3)
 
 
 def test_a_painter_learns_what_tokens_do_not_say():
@@ -1936,7 +1975,7 @@ def test_a_painter_is_shown_wrong_tokens_in_holes_alone():
     changed = (np.abs(noise) > 1e-6).any(axis=-1)
     assert len(noise) == 64 and all(0.2 < share < 0.55 for share in changed.mean(axis=(1, 2)))
     strengths = [each[hole].std() for each, hole in zip(noise, changed, strict=True)]
-    assert min(strengths) < 0.05 and 0.07 < max(strengths) < 0.12
+    assert min(strengths) < 0.05 and 0.11 < max(strengths) < 0.17
 
 
 def test_picture_scores_by_hand():
@@ -2021,7 +2060,7 @@ def inpaint_run(tmp_path_factory):
 
 
 def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
-    files = "model.pt log.csv metrics.json samples.png reconstruction.png loss.png decode.gif"
+    files = "model.pt log.csv metrics.json samples.png loss.png decode.gif"
     assert {file.name for file in inpaint_run.iterdir()} == set(files.split())
     figures = json.loads((inpaint_run / "metrics.json").read_text())
     rows = figures["rows"]
@@ -2739,32 +2778,6 @@ def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
     assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
 
 
-def test_a_membrane_solves_laplaces_equation():
-    """Beside a dense linear solve: inside the hole each value is the mean of its neighbours, mirrored at the border."""
-    rng = np.random.default_rng(0)
-    values = rng.normal(size=(3, 12, 8, 2))
-    holes = rng.random((3, 12, 8)) < 0.6
-    holes[2] = True
-    found = vqgan.membrane(values, holes, sweeps=400)
-    assert (found[~holes] == values[~holes]).all() and (found[2] == 0).all()
-    for b in range(2):
-        matrix = np.eye(96)
-        known = np.where(holes[b][..., None], 0, values[b]).reshape(96, 2)
-        for y, x in zip(*holes[b].nonzero(), strict=True):
-            for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-                neighbour = np.clip(y + dy, 0, 11) * 8 + np.clip(x + dx, 0, 7)
-                matrix[y * 8 + x, neighbour] -= 1 / 4
-        np.testing.assert_allclose(found[b].reshape(96, 2), np.linalg.solve(matrix, known), atol=1e-6)
-    few = vqgan.membrane(values, holes)
-    assert np.abs(few - found)[:2].max() < 0.1 * np.abs(values).max()
-    wide = np.zeros((1, 64, 64), bool)
-    wide[0, 2:62, 2:62] = True  # far from its rim, too
-    assert vqgan.membrane(np.ones((1, 64, 64, 1)), wide).min() > 0.99
-    decoded = np.float32(inpaint.cartoon_cats(1, 64) / 2 / 255)
-    painted = vqgan.VQGAN.paint(None, decoded, np.uint8(255 * decoded + 51), wide)
-    np.testing.assert_allclose(painted, decoded + 0.2, atol=0.01)  # it was too dark by a fifth
-
-
 @pytest.fixture
 def small_vqgan(monkeypatch):
     monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
@@ -2781,7 +2794,9 @@ def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
     holes[:, 20:44, 20:44] = True
     images[1][holes[1]] = 255 - images[1][holes[1]]
     true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
-    covered = small_vqgan.encode(vqgan.membrane(images / np.float32(255), holes))
+    pixels = torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2)
+    covered = inpaint.membrane(pixels, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
+    covered = small_vqgan.encode(covered)
     checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
     for targets in (True, False):
         tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)

@@ -109,13 +109,13 @@ class VQGAN(nn.Module):
     @torch.inference_mode()
     def encode(self, images):
         """Images (B, 64, 64, 3) in [0, 1] -> tokens (B, 16, 16). What is nan is covered by a membrane."""
-        images = membrane(images, np.isnan(images[..., 0]))
         codebook = self.codebook.embedding.weight.detach().cpu().numpy()  # (1024, 256)
         tokens = []
         for start in range(0, len(images), AT_ONCE):
             pixels = torch.from_numpy((images[start : start + AT_ONCE] - self.mean) / self.std)
             pixels = pixels.permute(0, 3, 1, 2).to(self.quant_conv.weight)  # (b, 3, 64, 64)
-            latents = self.quant_conv(self.encoder(pixels)).permute(0, 2, 3, 1).cpu().numpy()  # (b, 16, 16, 256)
+            covered = inpaint.membrane(pixels, pixels[:, :1].isnan())
+            latents = self.quant_conv(self.encoder(covered)).permute(0, 2, 3, 1).cpu().numpy()  # (b, 16, 16, 256)
             nearest = maskgit.nearest_centroid(latents.reshape(-1, latents.shape[-1]), codebook)
             tokens.append(nearest.reshape(latents.shape[:3]))
         return np.concatenate(tokens)
@@ -131,28 +131,9 @@ class VQGAN(nn.Module):
         return np.concatenate(images)
 
     def paint(self, decoded, images, holes):
-        """Decoded pictures shifted to join images uint8 at the rim of their holes, where these show by how much they
-        are off: this error is continued as a membrane (Pérez et al., Poisson image editing, 2003)."""
-        return decoded + membrane(images / np.float32(255) - decoded, holes)
-
-
-def membrane(values, holes, sweeps=16):
-    """Values (B, H, W, C), where those in the holes (B, H, W) become a membrane stretched over the others.
-    Each hidden value is then the mean of its four neighbours, up to what `sweeps` at each size leave; where all is
-    hidden it is 0."""
-    b, height, width, channels = values.shape
-    hidden = holes[..., None]
-    values = np.where(hidden, 0, values)
-    if holes.any() and height % 2 == width % 2 == 0:  # start from the membrane of half the size
-        sums = values.reshape(b, height // 2, 2, width // 2, 2, channels).sum(axis=(2, 4))
-        known = (~holes).reshape(b, height // 2, 2, width // 2, 2).sum(axis=(2, 4))
-        coarse = membrane(sums / known.clip(min=1)[..., None], known == 0)
-        values = np.where(hidden, coarse.repeat(2, axis=1).repeat(2, axis=2), values)
-    for _ in range(sweeps):
-        padded = np.pad(values, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-        mean = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-        values = np.where(hidden, mean / 4, values)
-    return values
+        """Decoded pictures shifted to join images uint8 at the rim of their holes."""
+        pictures = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (decoded, images / np.float32(255)))
+        return inpaint.joined(*pictures, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------
