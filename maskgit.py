@@ -1139,6 +1139,7 @@ def load_checkpoint(path, device="cpu"):
 
 import argparse
 import ctypes
+import hashlib
 import json
 import platform
 import re
@@ -1298,27 +1299,45 @@ def open_run(arguments):
     return pick_device(arguments.device)
 
 
+LESS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # than the processor can do, if set
+
+
 def run_record():
-    """Where a number comes from: command, commit, machine, versions and date, as plain values. To be asked at the
-    start of a run, since the code may change while it runs."""
+    """Where a number comes from: command, commit, digests of the project's files that are in use, machine, versions and
+    date, as plain values, and for write_figures when it started. To be asked at the start of a run, since the code may
+    change while it runs."""
     here = Path(__file__).resolve().parent
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(here) if script.is_relative_to(here) else script.name
+    less = [f"{name}={os.environ[name]}" for name in LESS if name in os.environ]
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(here))} rev-parse --short HEAD")
+    loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    ours = sorted(path for path in loaded if path.parent in (here, here / "benchmarks", here / "extras"))
     info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "command": shlex.join(["python", script.name if script.is_absolute() else str(script), *sys.argv[1:]]),
+        "command": shlex.join([*less, "python", str(script), *sys.argv[1:]]),
         "commit": "unknown" if failed else commit,
+        "code": {str(path.relative_to(here)): file_digest(path)[:12] for path in ours},
         "machine": f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         "date": time.strftime("%Y-%m-%d"),
+        "started": time.monotonic(),
     }
 
 
+def file_digest(path):
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def write_figures(record, settings, figures, *paths):
-    """The figures, the settings (a dict) and where they come from, as JSON to each of the paths that is not None."""
+    """The figures, the settings (a dict), where they come from and how many minutes they took, as JSON to each of the
+    paths that is not None."""
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
+    record = record | {"minutes": round((time.monotonic() - record["started"]) / 60, 1)}
+    del record["started"]
     text = json.dumps({**record, "settings": settings, **figures}, indent=1, default=str) + "\n"
     for path in filter(None, paths):
         with whole_file(path) as file:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from dataclasses import asdict, replace
@@ -36,7 +37,7 @@ import torch
 import torch.nn.functional as F
 import train_rectangles
 import train_squares
-from benchmarks import ablation, curve, filling, remedies, samplers
+from benchmarks import ablation, curve, filling, remedies, reproduce, samplers
 from extras import vqgan
 from maskgit import (
     ORDERS,
@@ -1661,9 +1662,14 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
     copy = tmp_path / "new folder" / "figures.json"
     squares = script is train_squares
     arguments = [*(TINY if squares else SMALL), "--steps", "4", *options.split(), "--out", out]
-    assert call(script, *arguments, "--json", copy) == 0
+    extra = ["--weights", tmp_path / "small.pt"] if squares else []
+    assert call(script, *arguments, "--json", copy, *extra) == 0
     screen = capsys.readouterr().out
     figures = json.loads(copy.read_text())
+    if squares:
+        small = maskgit.load_checkpoint(tmp_path / "small.pt")
+        assert small["training"] is None and torch.equal(weights(small["model"]), saved_weights(out))
+        assert figures["weights_sha256"] == hashlib.sha256((tmp_path / "small.pt").read_bytes()).hexdigest()
     assert all(text in screen for text in [*printed.split(", "), str(out / "samples.png")])
     pictures = ["loss.png", "samples.png"]
     pictures += ["prior.png", "decode.gif"] if squares else ["rectangles.png", "centroids.png"]
@@ -3302,7 +3308,69 @@ def test_fid_as_a_program(two_folders, inception_weights):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The README
+# Figures made again, and the README
+
+
+TOY = """
+import sys
+from pathlib import Path
+from maskgit import run_record, write_figures
+write_figures(run_record(), {}, {"figure": 0.5}, Path(sys.argv[2]))
+"""
+
+
+def test_figures_made_again(tmp_path, monkeypatch, capfd):
+    """In a copy of the project: the same command gives the same, until the script is another."""
+    shutil.copy(HERE / "maskgit.py", tmp_path)
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("ATEN_CPU_CAPABILITY", "default")
+        subprocess.run([sys.executable, "toy.py", "--json", "results/a.json"], cwd=tmp_path, check=True)
+    command = "ATEN_CPU_CAPABILITY=default python toy.py --json results/a.json"
+    record = json.loads((tmp_path / "results" / "a.json").read_text())
+    assert record["command"] == command and 0 <= record["minutes"] < 1
+    assert record["code"].keys() == {"maskgit.py", "toy.py"}
+    assert call(reproduce, "a") == 0 and "TOO FAR" not in capfd.readouterr().out
+    script.write_text(TOY.replace("0.5", "0.6"))
+    assert call(reproduce, "a").startswith(f"1 figures are too far off: {tmp_path}")
+    assert re.search("1 figures.*\n figure +0.5 +0.6 +0.05 +TOO FAR", capfd.readouterr().out)
+    assert call(reproduce, "--list") == 0
+    assert capfd.readouterr().out.endswith(f"minutes; changed since: toy.py \n    {command}\n")
+    for wrong in (["b"], [], ["--list", "a"]):
+        assert call(reproduce, *wrong) == 2
+        assert capfd.readouterr().err == "error: either --list, or some of a (see --help)\n"
+
+
+def test_what_seeds_explain(capsys):
+    """Twice the range of JSONs, or rows, that differ by the seed alone; else a tenth; nothing one missing."""
+
+    def record(seed, figure, *rows, other="a.py"):
+        rows = [{"name": "x", "seed": i, "psnr": psnr} for i, psnr in enumerate(rows)]
+        return {
+            "command": f"python {other} --seed {seed} --json {seed}.json",
+            "settings": {"n": seed},
+            "kl": figure,
+            "rows": rows,
+        }
+
+    stored = record(0, 1.0, 10.0, 20.0)
+    others = [stored, record(1, 1.2), record(2, 7.0, other="b.py")]
+    for again, too_far in [
+        (record(0, 1.39, 10.0, 20.0), 0),
+        (record(0, 1.41, 10.0, 20.0), 1),
+        (record(0, 1.0, 34.0, 34.0), 0),
+        (record(0, 1.0, 36.0, 36.0), 1),
+        (record(0, 1.0, 10.0), 1),
+        (record(0, 1.41, 20.0, 10.0) | {"tv": 1}, 2),
+    ]:
+        assert reproduce.compare(stored, again, others) == too_far
+        assert capsys.readouterr().out.count("TOO FAR") == too_far
+    assert reproduce.compare(stored, record(0, 1.09, 10.0, 20.0), [stored]) == 0
+    assert reproduce.compare(stored, record(0, 1.11, 10.0, 20.0), [stored]) == 1
 
 
 def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):

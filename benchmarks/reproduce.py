@@ -1,0 +1,80 @@
+"""Makes figures again, and compares them: a JSON in results/ holds the command that wrote it.
+
+    python benchmarks/reproduce.py --list                               which code made what, in how many minutes
+    python benchmarks/reproduce.py inpaint_cats64 filling_cats64 --photographs DIR           these again, in order
+
+The commands run in a new folder, where later ones find what earlier ones have trained. On another kind of machine a
+figure may be off as by another seed: by twice its range in all JSONs and rows that differ by the seed alone, or by a
+tenth where there is one. Times and memory are not compared.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from maskgit import CommandLine, file_digest, named, print_table, run_as_script
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_COMPARED = re.compile("settings|code|minutes|seed|seconds|peak_gb")
+
+
+def figures(*nodes, path="", found=None):
+    """{path: its numbers} in JSONs. Rows of a list that differ by their seed alone have the same path."""
+    found = defaultdict(list) if found is None else found
+    for node in nodes:
+        if isinstance(node, int | float) and not NOT_COMPARED.search(path):
+            found[path].append(node)
+        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for name, child in children:
+            if isinstance(node, list) and isinstance(child, dict) and "seed" in child:
+                name = " ".join(value for value in child.values() if isinstance(value, str))
+            figures(child, path=f"{path} {name}", found=found)
+    return found
+
+
+def compare(record, again, records):
+    """How many figures are off by more than is explained; all that are off are printed."""
+    stored, new = figures(record), figures(again)
+    recipe, *recipes = (re.sub(r" --(seed|out|json|weights) \S+", "", each["command"]) for each in (record, *records))
+    seeds = figures(*(other for other, theirs in zip(records, recipes, strict=True) if theirs == recipe))
+    table = []
+    for path in sorted(path for path in stored.keys() | new.keys() if stored[path] != new[path]):
+        means = [sum(numbers) / max(1, len(numbers)) for numbers in (stored[path], new[path])]
+        explained = 2 * (max(seeds[path]) - min(seeds[path])) if len(seeds[path]) > 1 else abs(means[0]) / 10
+        off = len(stored[path]) != len(new[path]) or abs(means[1] - means[0]) > explained
+        table.append([path, *(f"{number:.5g}" for number in (*means, explained)), "TOO FAR" if off else ""])
+    print_table([f"{len(stored)} figures, of which differ", "stored", "new", "explained", ""], table)
+    return sum(row[-1] != "" for row in table)
+
+
+def main():
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(ROOT.glob("results/*.json"))}
+    parser = CommandLine(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="JSONs of results/, as --list names them")
+    parser.add_argument("--list", action="store_true", help="show their commands")
+    parser.add_argument("--photographs", type=named, default=Path("FOLDER"), help="for %(default)s in commands")
+    arguments = parser.parse_args()
+    if arguments.list == bool(arguments.names) or set(arguments.names) - records.keys():
+        parser.error(f"either --list, or some of {', '.join(records)}")
+    for name, record in records.items() if arguments.list else ():
+        changed = [path for path, digest in record["code"].items() if file_digest(ROOT / path)[:12] != digest]
+        line = [name, record["commit"], record["minutes"], "minutes; changed since:", *changed]
+        print(*line, f"\n    {record['command']}")
+    folder, too_far = Path(tempfile.mkdtemp(prefix="reproduced_")), 0
+    for name in arguments.names:
+        command = records[name]["command"].replace("python ", f"{sys.executable} {ROOT}/", 1)
+        command = command.replace(" FOLDER", f" {arguments.photographs.resolve()}")
+        if subprocess.run(command, shell=True, cwd=folder).returncode:
+            raise ValueError(f"{name} cannot be made again by {command}")
+        again = json.loads((folder / "results" / f"{name}.json").read_text())
+        too_far += compare(records[name], again, records.values())
+    sys.exit(f"{too_far} figures are too far off: {folder}" if too_far else 0)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
