@@ -3380,7 +3380,7 @@ def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     source = (HERE / "maskgit.py").read_text()
-    maskgit.save_checkpoint(tmp_path / "runs" / "squares" / "model.pt", tiny_model(codes=2))
+    maskgit.save_checkpoint(tmp_path / "results" / "squares.pt", tiny_model(codes=2))
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
     (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
@@ -3410,6 +3410,86 @@ def test_files_without_orders_are_refused(tmp_path, capsys):
         (tmp_path / name).write_text(text)
         assert call(samplers, tmp_path / name) == 2
         assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
+
+
+def result(name):
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def test_each_json_is_what_its_command_writes():
+    for file in (HERE / "results").glob("*.json"):
+        assert f" --json results/{file.name}" in result(file.stem)["command"]
+
+
+def test_the_squares_that_come_along():
+    """They are the default run's, of which squares.json is, and near the posterior."""
+    path = HERE / "results" / "squares.pt"
+    figures = result("squares")
+    assert figures["weights_sha256"] == maskgit.file_digest(path) and path.stat().st_size < 1_000_000
+    checkpoint = maskgit.load_checkpoint(path)
+    assert checkpoint["training"] is None
+    prior = train_squares.all_squares(8, 2, 5)
+    kl = train_squares.score(checkpoint["model"], prior, "cosine", 1024, seed=7)["kl"]
+    assert 0.7 < kl / figures["tasks"]["cosine"]["kl"] < 1.4
+
+
+def test_figures_of_the_readme():
+    """Each sentence and row as its JSONs give it."""
+    readme = " ".join((HERE / "README.md").read_text().split())
+    squares = [result(name) for name in ("squares", "squares_seed1", "squares_seed2", "squares_seed3", "squares_seed4")]
+    slow, longer = result("squares_avx2"), result("squares_3000")
+    times = [sum(run["seconds"].values()) / 60 for run in (squares[0], slow)]
+    said = [f"the toy in {times[0]:.0f} minutes on two CPU cores with bf16, in {times[1]:.1f} without"]
+    for words, task in (("a random share", "cosine"), ("one", "single")):
+        row = squares[0]["tasks"][task]
+        accuracies = f"{100 * row['accuracy']:.2f} % ({100 * row['posterior_accuracy']:.2f} %)"
+        said.append(f"| {words} | {row['cross_entropy']:.4f} ({row['limit']:.4f}) | {accuracies} |")
+    kl = [run["tasks"]["cosine"]["kl"] for run in squares]
+    said.append(f"at {min(kl):.4f} to {max(kl):.4f} nats per hidden pixel (five seeds)")
+    entropy, paper = ([run["completions"][i]["model"] for run in squares] for i in (0, -1))
+    for rows, words in ((paper, "% of its images are squares"), (entropy, "% are, after")):
+        valid = [100 * row["valid"] for row in rows]
+        said.append(f"{min(valid):.1f} to {max(valid):.1f} {words}")
+    calls = [row["calls"] for row in entropy]
+    said.append(f"after {min(calls):.1f} to {max(calls):.1f} calls")
+    variation = [row["total_variation"] for row in entropy]
+    said.append(f"from that is {min(variation):.2f} to {max(variation):.2f}")
+    variation = longer["completions"][0]["model"]["total_variation"]
+    said.append(f"twice the time, it is {variation:.2f}, and the KL {longer['tasks']['cosine']['kl']:.4f}")
+    sparse = [
+        result(name)["scores"] for name in ("rectangles_sparse", "rectangles_sparse_seed1", "rectangles_sparse_seed2")
+    ]
+    for words, kind in (("6", "6 points"), ("24, as in training", "unseen rectangles"), ("96", "96 points")):
+        row = sparse[0][kind]
+        ratios = ", ".join(f"{scores[kind]['ratio']:.3f}" for scores in sparse)
+        accuracies = f"{100 * row['accuracy']:.2f} % ({100 * row['posterior_accuracy']:.2f} %)"
+        cells = [
+            f"{row['cross_entropy']:.3f} ({row['limit']:.3f})",
+            ratios,
+            accuracies,
+            f"{100 * row['commonest']:.0f} %",
+        ]
+        said.append(f"| {words} | {' | '.join(cells)} |")
+    ways = {
+        "the model alone": "as decoded, without evidence",
+        "with evidence: what tokens on the rim still show": "as decoded",
+        "and painted": "as set",
+        "likewise, the expected picture": "expected",
+        "the true tokens, painted: the limit": "true tokens",
+    }
+    runs = [result(name)["rows"] for name in ("inpaint", "inpaint_cats64")]
+    for words, way in ways.items():
+        rows = [[(row["psnr"], row["ssim"]) for row in run if row["name"] == way] for run in runs]
+        cells = ("{:.1f} | {:.3f}".format(*np.mean(row, axis=0)) for row in rows)
+        said.append(f"| {words} | {' | '.join(cells)} |")
+    rows = [result(name)["rows"] for name in ("opencv_cats", "opencv_cats64")]
+    strokes = [next(row for row in run if row["way"] == "OpenCV, Navier-Stokes") for run in rows]
+    said.append("Stokes | " + " | ".join(f"{row['psnr']:.1f} | {row['ssim']:.3f}" for row in strokes) + " |")
+    minutes = sum(result("inpaint")["seconds"].values()) / 60
+    said.append(f"after {minutes:.0f} minutes on one core beside other work")
+    few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
+    said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
+    assert [each for each in said if each not in readme] == []
 
 
 SPIN = {
