@@ -42,7 +42,7 @@ SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--device", "cpu", "--p
 SQUARES = [*SMALL, "--batch-size", "16"]
 RECTANGLES = [*SMALL, "--batch-size", "4", "--test-images", "8"]
 CATS = [*SMALL, "--cartoons", "150", "--size", "16", "--codes", "16", "--batch-size", "4", "--test-images", "8"]
-CATS += ["--steps", "2"]
+CATS += ["--steps", "2", "--painter-steps", "2"]
 HANGS_AFTER = 60  # seconds
 train_squares.EXACT_DRAWS = 20  # here and in what command() starts: to count more takes longer than such a training
 train_squares.MODEL_DRAWS = 20
@@ -272,7 +272,33 @@ class Originals:
 
 
 CASES = ("picture to fill", "mask", "picture to train on", "picture for FID", "checkpoint", "malicious checkpoint")
-CASES += ("checkpoint to resume", "statistics", "weights")
+CASES += ("checkpoint to resume", "statistics", "weights", "file as people have it")
+
+
+def as_people_have_it(place, rng):
+    """Put a file of another kind in place of a picture or its mask, 16x16 both, or beside it."""
+    image = Image.open(place / "images" / "a1.png")
+    levels = np.eye(16, dtype=np.uint8) * 255
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    clear = Image.fromarray(np.dstack([np.asarray(image), levels]))
+    files = {
+        "images/a1.png": [(image, dict(exif=sideways)), (image.convert("P"), {}), (clear, {})],
+        "images/a1.tif": [(image.convert("CMYK"), {}), (Image.fromarray(np.float32(levels) / 255), {})],
+        "images/._a1.png": [(Image.new("RGB", (3, 3)), {})],
+        "masks/m1.png": [(Image.fromarray(levels // 255), {}), (Image.fromarray(np.uint16(levels) * 257), {})],
+        "masks/mask_1.png": [(Image.fromarray(levels), {})],
+    }
+    files["masks/m1.png"] += [
+        (Image.fromarray(levels).resize((8, 8)), {}),
+        (clear, {}),
+        (Image.new("L", (16, 16), 90), {}),
+    ]
+    name = rng.choice(sorted(files))
+    changed, options = rng.choice(files[name])
+    changed.save(place / name, **options)
+    if name == "images/a1.tif":
+        (place / "images" / "a1.png").unlink()
 
 
 def damage(case, good, place, rng):
@@ -296,6 +322,9 @@ def damage(case, good, place, rng):
         if case == "picture to train on":
             return "inpaint", [*CATS, "--data", place / "images", "--out", place / "out"]
         return filling if case == "picture to fill" else ("fid", [*measuring, place / "images", place / "images"])
+    if case == "file as people have it":
+        as_people_have_it(place, rng)
+        return filling
     if case == "mask":
         mask.write_bytes(damaged(good.mask, rng))
         return filling
@@ -365,7 +394,7 @@ def options_with_a_value(script):
     return [option for option in with_value if option not in FREE]
 
 
-FREE = {"--out", "--json", "--save-stats"}
+FREE = {"--out", "--json", "--save-stats", "--weights"}
 
 
 def show_progress(what, done, count):
