@@ -3308,7 +3308,7 @@ def test_fid_as_a_program(two_folders, inception_weights):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Figures made again, and the README
+# benchmarks/reproduce.py, and the README
 
 
 TOY = """
@@ -3474,7 +3474,7 @@ def test_figures_of_the_readme():
         "the model alone": "as decoded, without evidence",
         "with evidence: what tokens on the rim still show": "as decoded",
         "and painted": "as set",
-        "likewise, the expected picture": "expected",
+        "the expected picture, painted": "expected",
         "the true tokens, painted: the limit": "true tokens",
     }
     runs = [result(name)["rows"] for name in ("inpaint", "inpaint_cats64")]
