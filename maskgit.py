@@ -1299,7 +1299,7 @@ def open_run(arguments):
     return pick_device(arguments.device)
 
 
-LESS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # than the processor can do, if set
+CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # in the environment
 
 
 def run_record():
@@ -1309,7 +1309,7 @@ def run_record():
     here = Path(__file__).resolve().parent
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(here) if script.is_relative_to(here) else script.name
-    less = [f"{name}={os.environ[name]}" for name in LESS if name in os.environ]
+    limits = [f"{name}={os.environ[name]}" for name in CPU_LIMITS if name in os.environ]
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(here))} rev-parse --short HEAD")
     loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     ours = sorted(path for path in loaded if path.parent in (here, here / "benchmarks", here / "extras"))
@@ -1317,7 +1317,7 @@ def run_record():
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
-        "command": shlex.join([*less, "python", str(script), *sys.argv[1:]]),
+        "command": shlex.join([*limits, "python", str(script), *sys.argv[1:]]),
         "commit": "unknown" if failed else commit,
         "code": {str(path.relative_to(here)): file_digest(path)[:12] for path in ours},
         "machine": f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
