@@ -3,9 +3,9 @@
     python benchmarks/reproduce.py --list                               which code made what, in how many minutes
     python benchmarks/reproduce.py inpaint_cats64 filling_cats64 --photographs DIR           these again, in order
 
-The commands run in a new folder, where later ones find what earlier ones have trained. On another kind of machine a
-figure may be off as by another seed: by twice its range in all JSONs and rows that differ by the seed alone, or by a
-tenth where there is one. Times and memory are not compared.
+The commands run in a new folder, where later ones find what earlier ones have trained. Another kind of machine explains
+a figure that is off by twice its range in all JSONs and rows that differ by the seed alone, or by a tenth where there
+is one. Times and memory are not compared.
 """
 
 import json
@@ -62,9 +62,11 @@ def main():
     if arguments.list == bool(arguments.names) or set(arguments.names) - records.keys():
         parser.error(f"either --list, or some of {', '.join(records)}")
     for name, record in records.items() if arguments.list else ():
-        changed = [path for path, digest in record["code"].items() if file_digest(ROOT / path)[:12] != digest]
-        line = [name, record["commit"], record["minutes"], "minutes; changed since:", *changed]
-        print(*line, f"\n    {record['command']}")
+        code = record.get("code", {"(no digests)": ""})
+        changed = [path for path in code if not (ROOT / path).exists() or file_digest(ROOT / path)[:12] != code[path]]
+        print(
+            name, record["commit"], record.get("minutes"), "min; changed since:", *changed, f"\n  {record['command']}"
+        )
     folder, too_far = Path(tempfile.mkdtemp(prefix="reproduced_")), 0
     for name in arguments.names:
         command = records[name]["command"].replace("python ", f"{sys.executable} {ROOT}/", 1)
