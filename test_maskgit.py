@@ -3339,7 +3339,7 @@ def test_figures_made_again(tmp_path, monkeypatch, capfd):
     assert call(reproduce, "a").startswith(f"1 figures are too far off: {tmp_path}")
     assert re.search("1 figures.*\n figure +0.5 +0.6 +0.05 +TOO FAR", capfd.readouterr().out)
     assert call(reproduce, "--list") == 0
-    assert capfd.readouterr().out.endswith(f"min; changed since: toy.py \n  {command}\n")
+    assert capfd.readouterr().out.endswith(f"min; changed: toy.py \n  {command}\n")
     for wrong in (["b"], [], ["--list", "a"]):
         assert call(reproduce, *wrong) == 2
         assert capfd.readouterr().err == "error: either --list, or some of a (see --help)\n"

@@ -64,9 +64,7 @@ def main():
     for name, record in records.items() if arguments.list else ():
         code = record.get("code", {"(no digests)": ""})
         changed = [path for path in code if not (ROOT / path).exists() or file_digest(ROOT / path)[:12] != code[path]]
-        print(
-            name, record["commit"], record.get("minutes"), "min; changed since:", *changed, f"\n  {record['command']}"
-        )
+        print(name, record["commit"], record.get("minutes"), "min; changed:", *changed, f"\n  {record['command']}")
     folder, too_far = Path(tempfile.mkdtemp(prefix="reproduced_")), 0
     for name in arguments.names:
         command = records[name]["command"].replace("python ", f"{sys.executable} {ROOT}/", 1)
