@@ -48,7 +48,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("share * count + ROUNDING)", "share * count)"),
         ("if logits.shape != (*tokens[rows].shape, model.mask_id):", "if False:"),
         ("if not mask.any():", "if False:"),
-        ("    model = unwrapped(model)\n    contents", "    contents"),
+        ("    model = unwrapped(model)\n    if not all", "    if not all"),
         ('store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)', "pass"),
         ("group = world > 1 and not in_group()", "group = world > 1"),
         ("figure for figure in figures if not math.isnan(figure)", "figure for figure in figures"),
@@ -121,7 +121,7 @@ FAULTS = {  # file: [(piece of a line, replacement)], in the order of the code
         ("(seed|out|json|weights)", "(out|json|weights)"),
         ("explained = 2 * (", "explained = 9 * ("),
         ("off = len(stored[path]) != len(new[path]) or", "off ="),
-        ("[:12] != digest", "[:12] == digest"),
+        ("[:12] != code[path]", "[:12] == code[path]"),
     ],
     "inpaint.py": [
         ("if digest in digests[part]:", "if part in digests[part]:"),

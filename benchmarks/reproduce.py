@@ -3,13 +3,13 @@
     python benchmarks/reproduce.py --list                               which code made what, in how many minutes
     python benchmarks/reproduce.py inpaint_cats64 filling_cats64 --photographs DIR           these again, in order
 
-The commands run in a new folder, where later ones find what earlier ones have trained. Another kind of machine explains
-a figure that is off by twice its range in all JSONs and rows that differ by the seed alone, or by a tenth where there
-is one. Times and memory are not compared.
+The commands run in one new folder. Another kind of machine explains a figure that is off by twice its range over seeds,
+of JSONs or of rows, or by a tenth where there is one seed. Times and memory are not compared.
 """
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from maskgit import CommandLine, file_digest, named, print_table, run_as_script
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_COMPARED = re.compile("settings|code|minutes|seed|seconds|peak_gb")
+NOT_COMPARED = re.compile("^speed|^waiting|second|peak_gb| (settings|code|minutes|seed)( |$)")
 
 
 def figures(*nodes, path="", found=None):
@@ -29,19 +29,18 @@ def figures(*nodes, path="", found=None):
     for node in nodes:
         if isinstance(node, int | float) and not NOT_COMPARED.search(path):
             found[path].append(node)
-        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for name, child in children:
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
             if isinstance(node, list) and isinstance(child, dict) and "seed" in child:
-                name = " ".join(value for value in child.values() if isinstance(value, str))
-            figures(child, path=f"{path} {name}", found=found)
+                key = " ".join(value for value in child.values() if isinstance(value, str))
+            figures(child, path=f"{path} {key}", found=found)
     return found
 
 
-def compare(record, again, records):
+def compare(name, records, again):
     """How many figures are off by more than is explained; all that are off are printed."""
-    stored, new = figures(record), figures(again)
-    recipe, *recipes = (re.sub(r" --(seed|out|json|weights) \S+", "", each["command"]) for each in (record, *records))
-    seeds = figures(*(other for other, theirs in zip(records, recipes, strict=True) if theirs == recipe))
+    stored, new = figures(records[name], path=name), figures(again, path=name)
+    recipes = {key: re.sub(r" --(seed|out|json|weights) \S+", "", each["command"]) for key, each in records.items()}
+    seeds = figures(*(records[key] for key in records if recipes[key] == recipes[name]), path=name)
     table = []
     for path in sorted(path for path in stored.keys() | new.keys() if stored[path] != new[path]):
         means = [sum(numbers) / max(1, len(numbers)) for numbers in (stored[path], new[path])]
@@ -65,15 +64,16 @@ def main():
         code = record.get("code", {"(no digests)": ""})
         changed = [path for path in code if not (ROOT / path).exists() or file_digest(ROOT / path)[:12] != code[path]]
         print(name, record["commit"], record.get("minutes"), "min; changed:", *changed, f"\n  {record['command']}")
-    folder, too_far = Path(tempfile.mkdtemp(prefix="reproduced_")), 0
-    for name in arguments.names:
-        command = records[name]["command"].replace("python ", f"{sys.executable} {ROOT}/", 1)
-        command = command.replace(" FOLDER", f" {arguments.photographs.resolve()}")
-        if subprocess.run(command, shell=True, cwd=folder).returncode:
-            raise ValueError(f"{name} cannot be made again by {command}")
-        again = json.loads((folder / "results" / f"{name}.json").read_text())
-        too_far += compare(records[name], again, records.values())
-    sys.exit(f"{too_far} figures are too far off: {folder}" if too_far else 0)
+    with tempfile.TemporaryDirectory() as folder:
+        too_far = 0
+        for name in arguments.names:
+            python = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/"
+            command = records[name]["command"].replace("python ", python, 1)
+            command = command.replace(" FOLDER", f" {shlex.quote(str(arguments.photographs.resolve()))}")
+            if subprocess.run(command, shell=True, cwd=folder).returncode:
+                raise ValueError(f"{name} cannot be made again by {command}")
+            too_far += compare(name, records, json.loads(Path(folder, "results", f"{name}.json").read_text()))
+    sys.exit(f"{too_far} figures are too far off" if too_far else 0)
 
 
 if __name__ == "__main__":

@@ -286,14 +286,10 @@ def as_people_have_it(place, rng):
         "images/a1.png": [(image, dict(exif=sideways)), (image.convert("P"), {}), (clear, {})],
         "images/a1.tif": [(image.convert("CMYK"), {}), (Image.fromarray(np.float32(levels) / 255), {})],
         "images/._a1.png": [(Image.new("RGB", (3, 3)), {})],
-        "masks/m1.png": [(Image.fromarray(levels // 255), {}), (Image.fromarray(np.uint16(levels) * 257), {})],
+        "masks/m1.png": [(clear, {}), (Image.fromarray(levels // 255), {}), (Image.fromarray(levels[:8, :8]), {})],
         "masks/mask_1.png": [(Image.fromarray(levels), {})],
     }
-    files["masks/m1.png"] += [
-        (Image.fromarray(levels).resize((8, 8)), {}),
-        (clear, {}),
-        (Image.new("L", (16, 16), 90), {}),
-    ]
+    files["masks/m1.png"] += [(Image.fromarray(np.uint16(levels) * 257), {}), (Image.new("L", (16, 16), 90), {})]
     name = rng.choice(sorted(files))
     changed, options = rng.choice(files[name])
     changed.save(place / name, **options)
