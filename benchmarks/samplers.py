@@ -218,7 +218,7 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
     averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
     for name, (marginals, _) in both.items():
         start = TurnedModel(marginals), prior, *inputs["nothing"], device
-        averaged[name] = train_squares.judge_followed(*start, order=by_entropy)
+        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
         averaged[name]["calls"] *= len(TURNS)
         averaged[name]["most_calls"] *= len(TURNS)
     for given, (order, setting, options) in itertools.product(
