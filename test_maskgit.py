@@ -2887,9 +2887,8 @@ def test_two_processes_agree_with_one(tmp_path, capsys):
     command = [*TORCHRUN, str(tmp_path / "starts.py")]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
-    assert (
-        finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
-    )  # writers may interleave
+    # Counted, since two writers may interleave.
+    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
     for script in PARALLEL:
         one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
         torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
