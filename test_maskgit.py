@@ -16,13 +16,13 @@ import math
 import os
 import platform
 import re
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -54,6 +54,28 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
+PROGRAMS = {}
+train_rectangles.fit_tokenizer = functools.cache(train_rectangles.fit_tokenizer)  # most runs here have the same one
+
+
+def beside_the_tests(program):
+    """A fixture with what program(folder) returns. All that are wanted run one by one from the first test on, in the
+    file's order, since most of their time is that of starting Python."""
+    PROGRAMS[program.__name__] = program
+
+    @pytest.fixture(name=program.__name__)
+    def outcome(started):
+        return started[program.__name__].result()
+
+    return outcome
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(request, tmp_path_factory):
+    wanted = {name for item in request.session.items for name in item.fixturenames} & PROGRAMS.keys()
+    folders = {name: tmp_path_factory.mktemp(name) for name in PROGRAMS if name in wanted}
+    with ThreadPoolExecutor(1) as one_by_one:
+        yield {name: one_by_one.submit(PROGRAMS[name], folder) for name, folder in folders.items()}
 
 
 def seeded(seed=0):
@@ -444,8 +466,14 @@ OWN_PACE = {"entropy", lazy, eager}
 
 
 @pytest.mark.parametrize("order", [*ORDERS, lazy, eager])
-@pytest.mark.parametrize("schedule", [*SCHEDULES, lambda r: 1 - r])
-@pytest.mark.parametrize(("sample", "steps"), [("categorical", 1), ("argmax", 5), ("categorical", 8), ("argmax", 40)])
+@pytest.mark.parametrize(
+    ("schedule", "sample", "steps"),
+    [
+        ("cosine", "categorical", 1),
+        ("cosine", "categorical", 8),
+        *((schedule, "argmax", 20) for schedule in [*SCHEDULES, lambda r: 1 - r]),
+    ],
+)
 def test_decode_keeps_its_promises(order, schedule, sample, steps):
     model = tiny_model(dropout=0.5)
     coords = grid_coords(4, 4)
@@ -457,7 +485,6 @@ def test_decode_keeps_its_promises(order, schedule, sample, steps):
     result = decode(model, tokens, mask, coords, generator=seeded(), trace=trace, **arguments)
     assert torch.equal(result[~mask], tokens[~mask]), "given tokens come back unchanged"
     assert result.min() >= 0 and result.max() < model.mask_id, "no [MASK] comes out"
-    assert torch.equal(result, decode(model, tokens, mask, coords, generator=seeded(), **arguments)), "same generator"
     other_contents = torch.where(mask, (tokens + 1) % 5, tokens)
     assert torch.equal(result, decode(model, other_contents, mask, coords, generator=seeded(), **arguments))
     assert torch.equal(tokens, inputs[0]) and torch.equal(mask, inputs[1]), "inputs are left alone"
@@ -1167,9 +1194,9 @@ def test_cuda_decodes(order):
 # For the scripts
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_kept_memory_is_not_fetched_again():
-    """Page faults of blocks of 32 and of 8 MB, eight at a time, before and after (in a process of its own)."""
+@beside_the_tests
+def page_faults(_):
+    """Of blocks of 32 and of 8 MB, eight at a time, before and after."""
     code = """
 import resource, torch, maskgit
 def faults():
@@ -1182,7 +1209,12 @@ maskgit.keep_freed_memory()
 print(given_back, min(faults() for _ in range(5)))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    given_back, kept = map(int, run.stdout.split())
+    return map(int, run.stdout.split())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_kept_memory_is_not_fetched_again(page_faults):
+    given_back, kept = page_faults
     assert kept < given_back / 10
 
 
@@ -1558,7 +1590,7 @@ def test_batches_depend_on_the_step_alone(tokenizer):
 
 def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior(tokenizer):
     """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
-    truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (3, 100_000))
+    truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (2, 100_000))
     test = train_rectangles.make_test("sparse", truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
     posterior = iter(test.posterior.numpy())
     for points, tokens, mask in zip(test.points, test.tokens, test.mask, strict=True):
@@ -1692,26 +1724,44 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
         patch.setattr(train_rectangles, "fit_tokenizer", None)  # a resumed run takes the one it has
         assert call(script, *arguments, "--resume") == 0
     assert json.loads((out / "metrics.json").read_text())["tasks" if squares else "scores"] == scores
-    assert call(script, *arguments, "--force", "--steps", "5") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "score_completions" if squares else "score", Mock(side_effect=OSError))
+        assert call(script, *arguments, "--force", "--steps", "5") == 2
     assert saved(out)["step"] == 5
 
 
-OFTEN = "import sys, maskgit, {0}; maskgit.CHECKPOINT_SECONDS = 0; maskgit.run_as_script({0}.main)"
+SILENT = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+SLOWLY = """
+import time, maskgit, train_rectangles
+
+def save_slowly(*arguments, save=maskgit.save_checkpoint, **options):
+    save(*arguments, **options)
+    time.sleep(0.1)
+
+maskgit.save_checkpoint = save_slowly
+maskgit.CHECKPOINT_SECONDS = 0
+maskgit.run_as_script(train_rectangles.main)
+"""
 
 
-def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
-    arguments = ["--task", "sparse", *SMALL, "--steps", "100", "--dropout", "0.1", "--out"]
-    once = tmp_path / "once"
-    killed = tmp_path / "killed"
-    assert call(train_rectangles, *arguments, once) == 0
-    script = [sys.executable, "-c", OFTEN.format("train_rectangles"), *arguments, killed]
-    with subprocess.Popen(script, cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while not (killed / "model.pt").exists() and process.poll() is None:
+TO_BE_KILLED = ["--task", "sparse", *SMALL, "--steps", "20", "--dropout", "0.1", "--out"]
+
+
+@beside_the_tests
+def killed_run(folder):
+    out = folder / "run"
+    with subprocess.Popen([sys.executable, "-c", SLOWLY, *TO_BE_KILLED, out], cwd=HERE, **SILENT) as process:
+        while not (out / "model.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
-    assert 0 < saved(killed)["step"] < 100
-    assert call(train_rectangles, *arguments, killed, "--resume") == 0
-    assert torch.equal(saved_weights(killed), saved_weights(once))
+    return out
+
+
+def test_killed_run_resumes_to_the_very_same_weights(killed_run, tmp_path):
+    assert call(train_rectangles, *TO_BE_KILLED, tmp_path / "once") == 0
+    assert 0 < saved(killed_run)["step"] < 20
+    assert call(train_rectangles, *TO_BE_KILLED, killed_run, "--resume") == 0
+    assert torch.equal(saved_weights(killed_run), saved_weights(tmp_path / "once"))
 
 
 def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
@@ -1719,6 +1769,8 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     assert call(train_squares, *TINY, "--steps", 6, "--out", tmp_path / "squares") == 0
     assert call(train_rectangles, *SMALL, "--out", tmp_path / "grid") == 0
     monkeypatch.setattr(samplers, "ORDERS", {name: samplers.ORDERS[name] for name in ("entropy", "random")})
+    monkeypatch.setattr(samplers, "SQUARES_STEPS", (2, 4, 8))
+    monkeypatch.setattr(samplers, "GRID_STEPS", (2, 4))
     monkeypatch.setattr(samplers, "GRID_DRAWS", 4)
     monkeypatch.setattr(samplers, "explained", functools.partial(samplers.explained, proposals=20))
     make_test = train_rectangles.make_test
@@ -1726,7 +1778,7 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         train_rectangles, "make_test", lambda *given, **more: make_test(*given, **more | {"proposals": 10})
     )
     (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda state: state.log_probs[:, 0]}}\nEXACT = {'mine'}")
-    for options, steps in ((["--out", tmp_path / "squares"], 5), (["--grid", "--out", tmp_path / "grid"], 3)):
+    for options, steps in ((["--out", tmp_path / "squares"], 3), (["--grid", "--out", tmp_path / "grid"], 2)):
         assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
         figures = json.loads((tmp_path / "found.json").read_text())
         rows = figures["rows"] if "--grid" in options else figures["completions"]
@@ -1734,12 +1786,14 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         others = 2 if "--grid" in options else 1  # draws from the posterior of both inputs, or eight turns
         assert len(rows) == len(combinations) == 2 * (5 + steps + 1) + others
         assert "--grid" in options or all("kl" in row["model"] for row in rows if row["order"] != "random")
-    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 32 for row in rows)
+    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
     assert "mine" in capsys.readouterr().out
 
     monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
     monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
-    small = ["--steps", 4, "--test-images", 8, "--proposals", 10]
+    tokenizer = maskgit.load_checkpoint(tmp_path / "grid" / "model.pt")["tokenizer"]
+    monkeypatch.setattr(train_rectangles, "fit_tokenizer", lambda seed: tokenizer)
+    small = ["--steps", 2, "--test-images", 8, "--proposals", 10]
     assert call(remedies, *small, "--json", tmp_path / "remedies.json") == 0
     runs = json.loads((tmp_path / "remedies.json").read_text())["runs"]
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
@@ -1958,7 +2012,7 @@ def test_a_painter_learns_what_tokens_do_not_say():
     tokenizer = PatchTokenizer(np.tile(0.8 * rng.random((5, 3), dtype=np.float32), 16), 4)
     brighter = rng.uniform(0, 0.2, (220, 1, 1, 1))
     pictures = (255 * (tokenizer.decode(rng.integers(5, size=(220, 4, 4))) + brighter)).astype(np.uint8)
-    recipe = inpaint.Inpainting(size=16, codes=5, painter_steps=120)
+    recipe = inpaint.Inpainting(size=16, codes=5, painter_steps=30)
     learnt = inpaint.train_painter(recipe, tokenizer, pictures[20:], torch.device("cpu"))
     images, holes = inpaint.with_holes(pictures[:20], "brush", seed=1)
     decoded = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
@@ -2098,12 +2152,10 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     cats.mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
         Image.fromarray(cat).save(cats / f"{i}.png")
-    once = cats / "runs"
     options = [*TINY_CATS, "--data", cats, "--out"]
-    assert call(inpaint, *options, once) == 0
-    shutil.copytree(once, tmp_path / "once")
-    once = tmp_path / "once"
-    shutil.rmtree(cats / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(inpaint, "score", Mock(side_effect=OSError))
+        assert call(inpaint, *options, once) == 2
     assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)
@@ -2151,6 +2203,7 @@ def test_ways_to_fill_are_judged(inpaint_run, tmp_path):
 
 def test_training_batches(monkeypatch):
     """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
+    monkeypatch.setattr(inpaint, "make_holes", functools.cache(inpaint.make_holes))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (280, 12, 12, 3), dtype=np.uint8)
     tokenizer = PatchTokenizer(rng.random((300, 27), dtype=np.float32), 3)
@@ -2158,20 +2211,21 @@ def test_training_batches(monkeypatch):
     both = np.concatenate([plain, flipped])
     assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
     assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
-    recipe = inpaint.Inpainting(batch_size=6000, size=12, patch=3, codes=300)
+    recipe = inpaint.Inpainting(batch_size=1500, size=12, patch=3, codes=300)
     batch = inpaint.make_batch(recipe, tokenizer, images)
     tokens, mask, coords = batch(3)
-    assert mask.shape == (6000, 16) and torch.equal(coords, grid_coords(4, 4))
-    assert {tuple(row) for row in tokens.tolist()} == {tuple(grid.ravel().tolist()) for grid in both}
+    assert mask.shape == (1500, 16) and torch.equal(coords, grid_coords(4, 4))
+    found = {tuple(row) for row in tokens.tolist()}
+    assert found <= {tuple(grid.ravel().tolist()) for grid in both} and len(found) > 500
     assert all(map(torch.equal, batch(3), (tokens, mask, coords))) and not torch.equal(batch(4)[1], mask)
     # One half at random, by the cosine; the other within holes, of which half are whole.
-    assert float(mask[:3000].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
+    assert float(mask[:750].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
     holes = np.concatenate([inpaint.make_holes(kind, 1000, 12, inpaint.TRAINING_SEED) for kind in inpaint.HOLES])
     whole = torch.from_numpy(holes.reshape(-1, 4, 3, 4, 3).any(axis=(2, 4))).flatten(1)
-    outside = mask[3000:].float() @ (~whole).float().T  # (3000, 3000): tokens of each row outside each hole
+    outside = mask[750:].float() @ (~whole).float().T  # (750, 3000): tokens of each row outside each hole
     assert (outside.amin(dim=1) == 0).all()
     whole = {tuple(row) for row in whole.tolist()}
-    hidden = [tuple(row) for row in mask[3000:].tolist()]
+    hidden = [tuple(row) for row in mask[750:].tolist()]
     assert 0.5 < np.mean([row in whole for row in hidden]) < 0.75 and {sum(row) for row in hidden} >= {*range(1, 9)}
     batch = inpaint.make_batch(replace(recipe, batch_size=1, hole_rows=0.9), tokenizer, images)
     assert all(batch(step)[1].any() for step in range(50)), "something is hidden in the smallest batch"
@@ -2778,11 +2832,10 @@ def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
     [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
     fill = Mock(wraps=inpaint.fill)
     monkeypatch.setattr(inpaint, "fill", fill)
-    options = [*paths_of(tmp_path, tmp_path / "out"), "--samples", 2, "--decode-steps", 2]
+    options = [*paths_of(tmp_path, tmp_path / "out"), "--decode-steps", 2]
     assert call(vqgan, "--vqgan", whole, "--transformer", whole, *options) == 0
-    first, second = (np.asarray(Image.open(file)) for file in sorted((tmp_path / "out").glob("*.png")))
-    assert all((filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any() for filled in (first, second))
-    assert (first != second).any()
+    [filled] = (np.asarray(Image.open(file)) for file in (tmp_path / "out").glob("*.png"))
+    assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
     tokenizer = fill.call_args.args[0]["tokenizer"]
     assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
 
@@ -2815,7 +2868,7 @@ def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
 
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):
-    """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights."""
+    """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights. It resumes to scores."""
     monkeypatch.setattr(inpaint, "ways_to_fill", lambda parts, filling: {"as set": (filling, parts["painter"])})
     monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
     monkeypatch.setattr(inpaint, "paint_pictures", lambda *_: None)
@@ -2825,8 +2878,10 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatc
     torch.save(state | {"quant_conv.bias": torch.ones(64)}, other)
     small = ["--cartoons", 10, "--seed", 30, "--no-mirror", "--test-images", 8, "--device", "cpu", "--out", run]
     small += ["--dim", 16, "--heads", 2, "--layers", 1, "--batch-size", 4, "--steps", 2]
-    for resumed in ([], ["--resume"]):
-        assert call(vqgan, "--vqgan", file, *small, *resumed) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(inpaint, "score", Mock(side_effect=OSError))
+        assert call(vqgan, "--vqgan", file, *small) == 2
+    assert call(vqgan, "--vqgan", file, *small, "--resume") == 0
     digest = hashlib.sha256(b"".join(w.numpy() for w in state.values()))
     assert saved(run)["tokenizer"] is None and saved(run)["config"]["vqgan_sha256"] == digest.hexdigest()
     assert set(json.loads((run / "metrics.json").read_text())["cross_entropy"]) == {"test", "seen"}
@@ -2868,46 +2923,21 @@ PARALLEL = {
     train_squares: [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
     inpaint: [*TINY_CATS, *ADAMW],
 }
-STARTS = """
-import sys, inpaint, maskgit, train_squares
+TOGETHER = """
+import os, sys, time, torch
+from pathlib import Path
+import inpaint, maskgit, train_squares
+from test_maskgit import placed_batch, recipe, tiny_model
+
 train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20
 for script, sys.argv in {0}:
     maskgit.run_as_script(sys.modules[script].main)
-"""
-
-
-def test_two_processes_agree_with_one(tmp_path, capsys):
-    """On the same global batch: equal loss and weights, one writer. One script after the other."""
-    calls = []
-    for script, options in PARALLEL.items():
-        assert call(script, *options, "--out", tmp_path / "one" / script.__name__) == 0
-        calls.append((script.__name__, ["starts.py", *options, "--out", str(tmp_path / "two" / script.__name__)]))
-    (tmp_path / "starts.py").write_text(STARTS.format(calls))
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(tmp_path / "starts.py")]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert finished.returncode == 0, finished.stderr
-    # Counted, since two writers may interleave.
-    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
-    for script in PARALLEL:
-        one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
-        torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
-        for column in ("loss", "gradient_norm"):
-            assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
-
-
-AGAIN = """
-import os, sys, time, torch
-from pathlib import Path
-from maskgit import train
-from test_maskgit import placed_batch, recipe, tiny_model
-
 for name in ("first", "second", "own"):
     if os.environ["RANK"] == "0":
         time.sleep(0.2)  # the other one would find an earlier address
     if name == "own":
         torch.distributed.init_process_group("gloo")
-    train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path(sys.argv[1], name))
+    maskgit.train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path({1!r}, name))
     assert torch.distributed.is_initialized() == (name == "own")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert torch.get_num_threads() == max(1, cores // 2)
@@ -2916,48 +2946,70 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_processes_may_train_again_and_in_a_group_of_their_own(tmp_path):
-    (tmp_path / "again.py").write_text(AGAIN)
+def in_two_processes(folder, code):
+    (folder / "code.py").write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(tmp_path / "again.py"), str(tmp_path)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    command = [*TORCHRUN, str(folder / "code.py")]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+@beside_the_tests
+def trained_together(folder):
+    calls = []
+    for script, options in PARALLEL.items():
+        calls.append((script.__name__, ["code.py", *options, "--out", str(folder / script.__name__)]))
+    return folder, in_two_processes(folder, TOGETHER.format(calls, str(folder)))
+
+
+def test_two_processes_agree_with_one(trained_together, tmp_path, capsys):
+    """On the same global batch: equal loss and weights, one writer. Two scripts, then three trainings, of which the
+    last has a process group at hand, one after the other."""
+    together, finished = trained_together
     assert finished.returncode == 0, finished.stderr
+    for script, options in PARALLEL.items():
+        one, two = (folder / script.__name__ for folder in (tmp_path, together))
+        assert call(script, *options, "--out", one) == 0
+        torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
+        for column in ("loss", "gradient_norm"):
+            assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
+    # Counted, since two writers may interleave.
+    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
     alone, _ = trained(placed_batch, steps=3, lr=0.001)
     for name in ("first", "second", "own"):
-        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
+        torch.testing.assert_close(saved_weights(together / name), alone, rtol=0, atol=1e-4)
 
 
 STOPS = """
-import os, signal, sys
+import os, signal
 import maskgit
 from test_maskgit import striped_batch, tiny_model
 
 def batch(step):
-    if step == 4 and os.environ.get("RANK") == sys.argv[2]:
+    if step == 4 and os.environ.get("RANK") == "1":
         signal.raise_signal(signal.SIGKILL)
     return striped_batch(step)
 
 maskgit.CHECKPOINT_SECONDS = 0
 recipe = maskgit.Recipe(steps=8, log_rows=1, optimizer="adamw", lr=0.001, precision="float32")
-maskgit.train(tiny_model(codes=2), batch, recipe, out=sys.argv[1], resume=sys.argv[3:] == ["--resume"], force=True)
+maskgit.train(tiny_model(codes=2), batch, recipe, out={0!r}, resume={1})
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(rank, tmp_path, monkeypatch):
+@beside_the_tests
+def one_of_two_killed(folder):
+    assert in_two_processes(folder, STOPS.format(str(folder / "run"), False)).returncode != 0
+    return folder / "run"
+
+
+def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(one_of_two_killed, tmp_path, monkeypatch):
     """The last checkpoint stays whole. Resumed by one process the run ends as one of a single process does."""
-    script = tmp_path / "stops.py"
-    script.write_text(STOPS)
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(script), str(tmp_path / "two"), str(rank)]
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=100).returncode != 0
-    assert saved(tmp_path / "two")["step"] == 4
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["model.pt"]
-    monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the script sets it, too: this takes it back in the end
-    for name, option in (("one", "--force"), ("two", "--resume")):
-        monkeypatch.setattr(sys, "argv", ["stops.py", str(tmp_path / name), "no rank", option])
-        runpy.run_path(str(script))
-    torch.testing.assert_close(saved_weights(tmp_path / "two"), saved_weights(tmp_path / "one"), rtol=0, atol=1e-4)
+    one, two = tmp_path, one_of_two_killed
+    assert saved(two)["step"] == 4
+    assert [path.name for path in two.iterdir()] == ["model.pt"]
+    monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the code sets it, too: this takes it back in the end
+    for out, resume in ((one, False), (two, True)):
+        exec(STOPS.format(str(out), resume), {})
+    torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3022,7 +3074,7 @@ def inception_by_functions(state, x):
 def test_inception_equals_an_independent_network(inception_weights):
     """In the release's 566 names and shapes, by their hash, and in the features of every layer."""
     state = torch.load(inception_weights)
-    x = torch.rand(2, 3, 299, 299, generator=seeded()) * 2 - 1
+    x = torch.rand(1, 3, 299, 299, generator=seeded()) * 2 - 1
     shapes = json.dumps({name: list(values.shape) for name, values in state.items()}, sort_keys=True)
     digest = hashlib.sha256(shapes.encode()).hexdigest()
     assert digest == "1932d991bb5cf8808abf9f0ad5ddee2fcd56818e5de76c379f0bcae7edafe563"
@@ -3200,14 +3252,13 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3)
     assert found == expected and kid == pytest.approx(fid.kernel_distance(*features)[0], rel=1e-3)
     assert "8/8 images" in screen and "warning: 8 and 8 images" in screen and "--kid" in screen
-    assert call_fid(two_folders[0], two_folders[0])[0][0] < 1e-6
     a = tmp_path / "a.npz"
     b = tmp_path / "b.npz"
     for path, folder in zip((tmp_path / "a", b), two_folders, strict=True):
         call_fid("--save-stats", folder, path)
     assert sorted(tmp_path.iterdir()) == [a, b] and sorted(np.load(a)) == ["mu", "sigma"]
     np.testing.assert_allclose(np.load(a)["sigma"], np.cov(features[0], rowvar=False), rtol=1e-3, atol=1e-6)
-    assert call_fid(a, two_folders[1])[0] == [expected] == call_fid(two_folders[0], b)[0]
+    assert call_fid(a, two_folders[1])[0] == [expected]
     assert call_fid(a, b) == ([expected], "")
 
 
@@ -3328,10 +3379,15 @@ from pathlib import Path
 from maskgit import run_record, write_figures
 write_figures(run_record(), {}, {"figure": 0.5}, Path(sys.argv[2]))
 """
+AGAIN = """
+from pathlib import Path
+Path("results").mkdir()
+Path("results/a.json").write_text('{"figure": 0.5}')
+"""
 
 
 def test_figures_made_again(tmp_path, monkeypatch, capfd):
-    """In a copy of the project in "a folder": the same command gives the same, until the script is another."""
+    """In a copy of the project in "a folder": the same figure or another, by a script that has changed."""
     tmp_path /= "a folder"
     tmp_path.mkdir()
     shutil.copy(HERE / "maskgit.py", tmp_path)
@@ -3345,8 +3401,10 @@ def test_figures_made_again(tmp_path, monkeypatch, capfd):
     record = json.loads((tmp_path / "results" / "a.json").read_text())
     assert record["command"] == command and 0 <= record["minutes"] < 1
     assert record["code"].keys() == {"maskgit.py", "toy.py"}
+    assert call(reproduce, "--list") == 0 and capfd.readouterr().out.endswith(f"min; changed: \n  {command}\n")
+    script.write_text(AGAIN)
     assert call(reproduce, "a") == 0 and "TOO FAR" not in capfd.readouterr().out
-    script.write_text(TOY.replace("0.5", "0.6"))
+    script.write_text(AGAIN.replace("0.5", "0.6"))
     assert call(reproduce, "a") == "1 figures are too far off"
     assert re.search("1 figures.*\na figure +0.5 +0.6 +0.05 +TOO FAR", capfd.readouterr().out)
     assert call(reproduce, "--list") == 0
@@ -3384,26 +3442,34 @@ def test_what_seeds_explain(capsys):
         assert reproduce.compare(name, {name: stored}, record(0, figure, 10.0, 20.0)) == too_far
 
 
-def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
-    """Word for word, one after the other, on a copy that ends before the scripts' part; it saves and resumes."""
-    examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 3 and len(examples[2].splitlines()) < 10
+def readme_examples():
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+@beside_the_tests
+def readme_run(folder):
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
-    source = (HERE / "maskgit.py").read_text()
-    maskgit.save_checkpoint(tmp_path / "results" / "squares.pt", tiny_model(codes=2))
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
-    (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
-    (tmp_path / "example.py").write_text("\n".join([*examples, *more]))
-    finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert finished.returncode == 0, finished.stderr
-    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
+    source = (HERE / "maskgit.py").read_text()
+    maskgit.save_checkpoint(folder / "results" / "squares.pt", tiny_model(codes=2))
+    (folder / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
+    (folder / "example.py").write_text("\n".join([*readme_examples(), *more]).replace("steps=300", "steps=30"))
+    return subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def test_readme_examples_run_on_a_copy_of_maskgit(readme_run):
+    """One after the other, word for word but for the steps, on a copy that ends before the scripts' part; it saves and
+    resumes."""
+    assert len(readme_examples()) == 3 and len(readme_examples()[2].splitlines()) < 10
+    assert readme_run.returncode == 0, readme_run.stderr
+    assert len(re.findall(r"tensor\(\[\[\[[01],", readme_run.stdout)) == 3
 
 
 def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
     readme = (HERE / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    Path("margin.py").write_text(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[2])
+    Path("margin.py").write_text(readme_examples()[2])
     assert call(train_squares, *TINY, "--steps", "2") == 0
     monkeypatch.setattr(samplers, "ORDERS", {"entropy": samplers.ORDERS["entropy"]})
     capsys.readouterr()
@@ -3511,12 +3577,12 @@ def test_threads_soon_sleep_unless_somebody_wants_it_otherwise():
     """Their library says what it was told when torch was imported."""
     others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-c", "import train_squares"]
-    started = []
-    for given, _ in SPIN:
+    for given, expected in SPIN:
         environment = others | given | {"OMP_DISPLAY_ENV": "verbose"}
-        started.append(subprocess.Popen(command, env=environment, cwd=HERE, stderr=subprocess.PIPE, text=True))
-    for process, (_, expected) in zip(started, SPIN, strict=True):
-        assert f"GOMP_SPINCOUNT = '{expected}'" in process.communicate()[1]
+        with subprocess.Popen(command, env=environment, cwd=HERE, stderr=subprocess.PIPE, text=True) as process:
+            said = next((line for line in process.stderr if "GOMP_SPINCOUNT" in line), "nothing")
+            process.kill()  # it need not come to an end
+        assert f"GOMP_SPINCOUNT = '{expected}'" in said
 
 
 FLAGS = {
