@@ -7,9 +7,12 @@ GPU (those that use one skip themselves) or data from elsewhere.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
@@ -22,8 +25,9 @@ import subprocess
 import sys
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -54,28 +58,33 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = {}
+BESIDE = {}
+torch.set_num_threads(1)  # the other core is a second process's
 train_rectangles.fit_tokenizer = functools.cache(train_rectangles.fit_tokenizer)  # most runs here have the same one
 
 
-def beside_the_tests(program):
-    """A fixture with what program(folder) returns. All that are wanted run one by one from the first test on, in the
-    file's order, since most of their time is that of starting Python."""
-    PROGRAMS[program.__name__] = program
+def beside_the_others(test):
+    """A test that runs in a second process, from the first test on; it may have a tmp_path and a monkeypatch."""
+    BESIDE[test.__name__] = test
 
-    @pytest.fixture(name=program.__name__)
-    def outcome(started):
-        return started[program.__name__].result()
+    def outcome(second_process):
+        second_process[test.__name__].result()
 
     return outcome
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started(request, tmp_path_factory):
-    wanted = {name for item in request.session.items for name in item.fixturenames} & PROGRAMS.keys()
-    folders = {name: tmp_path_factory.mktemp(name) for name in PROGRAMS if name in wanted}
-    with ThreadPoolExecutor(1) as one_by_one:
-        yield {name: one_by_one.submit(PROGRAMS[name], folder) for name, folder in folders.items()}
+def second_process(request, tmp_path_factory):
+    """{name: what is to come of that test} of all selected ones, which run one after the other."""
+    selected = [test.name for test in request.session.items if test.name in BESIDE]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        yield {name: process.submit(run_here, name, tmp_path_factory.mktemp("beside")) for name in selected}
+
+
+def run_here(name, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        given = {"tmp_path": folder, "monkeypatch": patch}
+        BESIDE[name](**{each: given[each] for each in inspect.signature(BESIDE[name]).parameters})
 
 
 def seeded(seed=0):
@@ -113,10 +122,15 @@ def refusal(function, *arguments, **options):
     return str(error.value)
 
 
+one_record = functools.cache(maskgit.run_record)
+
+
 def call(script, *arguments):
-    """Run a script in this process as its command line would be, with few draws and no weights of Inception at hand;
-    returns the exit code."""
+    """Run a script in this process as its command line would be, with few draws, the first run's record and no weights
+    of Inception at hand; returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
+        for module in (maskgit, script):
+            patch.setattr(module, "run_record", one_record, raising=False)
         patch.setattr(sys, "argv", [f"{script.__name__.replace('.', '/')}.py", *map(str, arguments)])
         patch.setattr(train_squares, "EXACT_DRAWS", 100)
         patch.setattr(train_squares, "MODEL_DRAWS", 20)
@@ -1065,6 +1079,7 @@ def test_batches_of_any_integers_and_none_that_hides_nothing(tmp_path):
         assert weights(model).isfinite().all()
 
 
+@beside_the_others
 def test_what_is_written_can_be_read(tmp_path):
     """Numbers of numpy and of tensors wherever they may come from, and models that are compiled."""
     numbers = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": True}
@@ -1194,9 +1209,10 @@ def test_cuda_decodes(order):
 # For the scripts
 
 
-@beside_the_tests
-def page_faults(_):
-    """Of blocks of 32 and of 8 MB, eight at a time, before and after."""
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@beside_the_others
+def test_kept_memory_is_not_fetched_again():
+    """Page faults of blocks of 32 and of 8 MB, eight at a time, before and after (in a process of its own)."""
     code = """
 import resource, torch, maskgit
 def faults():
@@ -1209,12 +1225,7 @@ maskgit.keep_freed_memory()
 print(given_back, min(faults() for _ in range(5)))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    return map(int, run.stdout.split())
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_kept_memory_is_not_fetched_again(page_faults):
-    given_back, kept = page_faults
+    given_back, kept = map(int, run.stdout.split())
     assert kept < given_back / 10
 
 
@@ -1310,6 +1321,7 @@ def test_posterior_equals_counting():
         torch.testing.assert_close(found[row], SQUARES[agreeing].float().mean(dim=0))
 
 
+@beside_the_others
 def test_scores_are_expectations_over_the_posterior():
     """An untrained model's loss is its mean over images as they are drawn; the posterior's is at the known limit."""
     model = tiny_model(codes=2)
@@ -1475,6 +1487,7 @@ def test_presets_carry_the_sources_numbers(monkeypatch):
         assert numbers == {name: settings[name] for name in numbers}
 
 
+@beside_the_others
 def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
     monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 16)
@@ -1588,8 +1601,10 @@ def test_batches_depend_on_the_step_alone(tokenizer):
         assert len({str(row) for step in range(5) for row in batch(step)[shown].tolist()}) == 2
 
 
-def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior(tokenizer):
+@beside_the_others
+def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior():
     """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
+    tokenizer = train_rectangles.fit_tokenizer(0)
     truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (2, 100_000))
     test = train_rectangles.make_test("sparse", truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
     posterior = iter(test.posterior.numpy())
@@ -1730,7 +1745,6 @@ def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_pat
     assert saved(out)["step"] == 5
 
 
-SILENT = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 SLOWLY = """
 import time, maskgit, train_rectangles
 
@@ -1744,27 +1758,26 @@ maskgit.run_as_script(train_rectangles.main)
 """
 
 
-TO_BE_KILLED = ["--task", "sparse", *SMALL, "--steps", "20", "--dropout", "0.1", "--out"]
-
-
-@beside_the_tests
-def killed_run(folder):
-    out = folder / "run"
-    with subprocess.Popen([sys.executable, "-c", SLOWLY, *TO_BE_KILLED, out], cwd=HERE, **SILENT) as process:
-        while not (out / "model.pt").exists() and process.poll() is None:
+@beside_the_others
+def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
+    arguments = ["--task", "sparse", *SMALL, "--steps", "20", "--dropout", "0.1", "--out"]
+    once = tmp_path / "once"
+    killed = tmp_path / "killed"
+    assert call(train_rectangles, *arguments, once) == 0
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-c", SLOWLY, *arguments, killed]
+    with subprocess.Popen(script, cwd=HERE, env=environment, **pipes) as process:
+        while not (killed / "model.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
-    return out
+    assert 0 < saved(killed)["step"] < 20
+    assert call(train_rectangles, *arguments, killed, "--resume") == 0
+    assert torch.equal(saved_weights(killed), saved_weights(once))
 
 
-def test_killed_run_resumes_to_the_very_same_weights(killed_run, tmp_path):
-    assert call(train_rectangles, *TO_BE_KILLED, tmp_path / "once") == 0
-    assert 0 < saved(killed_run)["step"] < 20
-    assert call(train_rectangles, *TO_BE_KILLED, killed_run, "--resume") == 0
-    assert torch.equal(saved_weights(killed_run), saved_weights(tmp_path / "once"))
-
-
-def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
+@beside_the_others
+def test_comparisons_on_a_small_scale(tmp_path, monkeypatch):
     """Of orders, those of a file among them, on both fields; and of S2's remedies."""
     assert call(train_squares, *TINY, "--steps", 6, "--out", tmp_path / "squares") == 0
     assert call(train_rectangles, *SMALL, "--out", tmp_path / "grid") == 0
@@ -1779,7 +1792,10 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     )
     (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda state: state.log_probs[:, 0]}}\nEXACT = {'mine'}")
     for options, steps in ((["--out", tmp_path / "squares"], 3), (["--grid", "--out", tmp_path / "grid"], 2)):
-        assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
+        assert "mine" in said.getvalue()
         figures = json.loads((tmp_path / "found.json").read_text())
         rows = figures["rows"] if "--grid" in options else figures["completions"]
         combinations = {(row.get("given", row.get("hidden")), row["order"], row["setting"]) for row in rows}
@@ -1787,7 +1803,6 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
         assert len(rows) == len(combinations) == 2 * (5 + steps + 1) + others
         assert "--grid" in options or all("kl" in row["model"] for row in rows if row["order"] != "random")
     assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
-    assert "mine" in capsys.readouterr().out
 
     monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
     monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
@@ -1798,7 +1813,6 @@ def test_comparisons_on_a_small_scale(tmp_path, monkeypatch, capsys):
     runs = json.loads((tmp_path / "remedies.json").read_text())["runs"]
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
     assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
-    assert "100 rectangles, no corners" in capsys.readouterr().out
     for name in ("found.png", "remedies.png"):
         Image.open(tmp_path / name).verify()
 
@@ -2006,6 +2020,7 @@ def test_a_painter_by_loops(monkeypatch):
         np.testing.assert_allclose(found[b], joined[b] + convolved(gelu(x), painter.last), atol=1e-3)
 
 
+@beside_the_others
 def test_a_painter_learns_what_tokens_do_not_say():
     """Pictures brighter than their tokens, by as much as only the visible pixels tell."""
     rng = np.random.default_rng(0)
@@ -2201,6 +2216,7 @@ def test_ways_to_fill_are_judged(inpaint_run, tmp_path):
         assert limit < min(others)
 
 
+@beside_the_others
 def test_training_batches(monkeypatch):
     """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
     monkeypatch.setattr(inpaint, "make_holes", functools.cache(inpaint.make_holes))
@@ -2826,9 +2842,17 @@ def test_files_of_anything_else_are_refused(reports, tmp_path, monkeypatch):
         assert re.search(said, refusal(load, path, "cpu")) and not Path("owned").exists()
 
 
-def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
+@pytest.fixture
+def small_vqgan(monkeypatch):
+    monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
+    network = vqgan.VQGAN()
+    network.load_state_dict(random_weights(network))
+    return network
+
+
+def test_the_reports_files_fill_a_picture(reports, small_vqgan, tmp_path, monkeypatch):
     whole = tmp_path / "whole.pth"
-    torch.save(whole_maskgit(*reports), whole)
+    torch.save(whole_maskgit(small_vqgan.state_dict(), reports[1]), whole)
     [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
     fill = Mock(wraps=inpaint.fill)
     monkeypatch.setattr(inpaint, "fill", fill)
@@ -2838,14 +2862,6 @@ def test_the_reports_files_fill_a_picture(reports, tmp_path, monkeypatch):
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
     tokenizer = fill.call_args.args[0]["tokenizer"]
     assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
-
-
-@pytest.fixture
-def small_vqgan(monkeypatch):
-    monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
-    network = vqgan.VQGAN()
-    network.load_state_dict(random_weights(network))
-    return network
 
 
 def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
@@ -2953,30 +2969,28 @@ def in_two_processes(folder, code):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
-@beside_the_tests
-def trained_together(folder):
-    calls = []
-    for script, options in PARALLEL.items():
-        calls.append((script.__name__, ["code.py", *options, "--out", str(folder / script.__name__)]))
-    return folder, in_two_processes(folder, TOGETHER.format(calls, str(folder)))
-
-
-def test_two_processes_agree_with_one(trained_together, tmp_path, capsys):
+@beside_the_others
+def test_two_processes_agree_with_one(tmp_path):
     """On the same global batch: equal loss and weights, one writer. Two scripts, then three trainings, of which the
     last has a process group at hand, one after the other."""
-    together, finished = trained_together
-    assert finished.returncode == 0, finished.stderr
+    calls = []
     for script, options in PARALLEL.items():
-        one, two = (folder / script.__name__ for folder in (tmp_path, together))
-        assert call(script, *options, "--out", one) == 0
+        calls.append((script.__name__, ["code.py", *options, "--out", str(tmp_path / "two" / script.__name__)]))
+    finished = in_two_processes(tmp_path, TOGETHER.format(calls, str(tmp_path)))
+    assert finished.returncode == 0, finished.stderr
+    said = io.StringIO()
+    for script, options in PARALLEL.items():
+        one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
+        with contextlib.redirect_stdout(said):
+            assert call(script, *options, "--out", one) == 0
         torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
         for column in ("loss", "gradient_norm"):
             assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
     # Counted, since two writers may interleave.
-    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
+    assert finished.stdout.count("pictures:") == said.getvalue().count("pictures:") > 0
     alone, _ = trained(placed_batch, steps=3, lr=0.001)
     for name in ("first", "second", "own"):
-        torch.testing.assert_close(saved_weights(together / name), alone, rtol=0, atol=1e-4)
+        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
 
 
 STOPS = """
@@ -2995,15 +3009,11 @@ maskgit.train(tiny_model(codes=2), batch, recipe, out={0!r}, resume={1})
 """
 
 
-@beside_the_tests
-def one_of_two_killed(folder):
-    assert in_two_processes(folder, STOPS.format(str(folder / "run"), False)).returncode != 0
-    return folder / "run"
-
-
-def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(one_of_two_killed, tmp_path, monkeypatch):
+@beside_the_others
+def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(tmp_path, monkeypatch):
     """The last checkpoint stays whole. Resumed by one process the run ends as one of a single process does."""
-    one, two = tmp_path, one_of_two_killed
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert in_two_processes(tmp_path, STOPS.format(str(two), False)).returncode != 0
     assert saved(two)["step"] == 4
     assert [path.name for path in two.iterdir()] == ["model.pt"]
     monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the code sets it, too: this takes it back in the end
@@ -3098,9 +3108,11 @@ def test_images_are_resized_without_corner_alignment():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_weights_are_fetched_once_and_a_damaged_copy_again(inception_weights, tmp_path, monkeypatch):
+@beside_the_others
+def test_weights_are_fetched_once_and_a_damaged_copy_again(tmp_path, monkeypatch):
     """From a server whose file is an error page in the end, and then none; those are not kept."""
-    content = inception_weights.read_bytes()
+    torch.save(fid.Inception().state_dict(), tmp_path / "weights.pth")
+    content = (tmp_path / "weights.pth").read_bytes()
     served = tmp_path / f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     copy = tmp_path / "hub" / "checkpoints" / served.name
     monkeypatch.setattr(fid, "WEIGHTS_URL", served.as_uri())
@@ -3358,10 +3370,23 @@ def test_too_little_memory_ends_in_one_line():
         fid.explained(RuntimeError("an illegal memory access"))
 
 
-def test_fid_as_a_program(two_folders, inception_weights):
+@beside_the_others
+def test_fid_as_a_program(tmp_path):
     """With workers; and an error is one line and exit code 2."""
-    command = [sys.executable, HERE / "fid.py", "--weights", inception_weights, "--dims", "64", "--device", "cpu"]
-    inputs = ([*two_folders, "--num-workers", "2"], ["no", "folder"])
+    torch.save(fid.Inception().state_dict(), tmp_path / "weights.pth")
+    for i in range(4):
+        Image.fromarray(noise_picture(i)).save(tmp_path / f"{i}.png")
+    command = [
+        sys.executable,
+        HERE / "fid.py",
+        "--weights",
+        tmp_path / "weights.pth",
+        "--dims",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    inputs = ([tmp_path, tmp_path, "--num-workers", "2"], ["no", "folder"])
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     started = [subprocess.Popen([*command, *given], **pipes) for given in inputs]
     (shown, errors), wrong = (process.communicate() for process in started)
@@ -3397,8 +3422,8 @@ def test_figures_made_again(tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         patch.setenv("ATEN_CPU_CAPABILITY", "default")
         subprocess.run([sys.executable, "toy.py", "--json", "results/a.json"], cwd=tmp_path, check=True)
-    command = "ATEN_CPU_CAPABILITY=default python toy.py --json results/a.json"
     record = json.loads((tmp_path / "results" / "a.json").read_text())
+    command = "ATEN_CPU_CAPABILITY=default python toy.py --json results/a.json"
     assert record["command"] == command and 0 <= record["minutes"] < 1
     assert record["code"].keys() == {"maskgit.py", "toy.py"}
     assert call(reproduce, "--list") == 0 and capfd.readouterr().out.endswith(f"min; changed: \n  {command}\n")
@@ -3446,24 +3471,22 @@ def readme_examples():
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@beside_the_tests
-def readme_run(folder):
+@beside_the_others
+def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
+    """One after the other, word for word but for the steps, on a copy that ends before the scripts' part; it saves and
+    resumes."""
+    examples = readme_examples()
+    assert len(examples) == 3 and len(examples[2].splitlines()) < 10
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     source = (HERE / "maskgit.py").read_text()
-    maskgit.save_checkpoint(folder / "results" / "squares.pt", tiny_model(codes=2))
-    (folder / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
-    (folder / "example.py").write_text("\n".join([*readme_examples(), *more]).replace("steps=300", "steps=30"))
-    return subprocess.run([sys.executable, "example.py"], cwd=folder, capture_output=True, text=True, timeout=200)
-
-
-def test_readme_examples_run_on_a_copy_of_maskgit(readme_run):
-    """One after the other, word for word but for the steps, on a copy that ends before the scripts' part; it saves and
-    resumes."""
-    assert len(readme_examples()) == 3 and len(readme_examples()[2].splitlines()) < 10
-    assert readme_run.returncode == 0, readme_run.stderr
-    assert len(re.findall(r"tensor\(\[\[\[[01],", readme_run.stdout)) == 3
+    maskgit.save_checkpoint(tmp_path / "results" / "squares.pt", tiny_model(codes=2))
+    (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
+    (tmp_path / "example.py").write_text("\n".join([*examples, *more]).replace("steps=300", "steps=30"))
+    finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
 
 
 def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
@@ -3498,6 +3521,7 @@ def test_each_json_is_what_its_command_writes():
         assert f" --json results/{file.name}" in result(file.stem)["command"]
 
 
+@beside_the_others
 def test_the_squares_that_come_along():
     """They are the default run's, of which squares.json is, and near the posterior."""
     path = HERE / "results" / "squares.pt"
