@@ -1081,6 +1081,7 @@ def test_batches_of_any_integers_and_none_that_hides_nothing(tmp_path):
         assert weights(model).isfinite().all()
 
 
+@beside_the_others
 def test_what_is_written_can_be_read(tmp_path):
     """Numbers of numpy and of tensors wherever they may come from, and models that are compiled."""
     numbers = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": True}
@@ -2970,37 +2971,6 @@ torch.distributed.destroy_process_group()
 """
 
 
-def in_two_processes(folder, code):
-    (folder / "code.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(folder / "code.py")]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-
-
-@beside_the_others
-def test_two_processes_agree_with_one(tmp_path):
-    """On the same global batch: equal loss and weights, one writer. Two scripts, then three trainings, of which the
-    last has a process group at hand, one after the other."""
-    calls = []
-    for script, options in PARALLEL.items():
-        calls.append((script.__name__, ["code.py", *options, "--out", str(tmp_path / "two" / script.__name__)]))
-    finished = in_two_processes(tmp_path, TOGETHER.format(calls, str(tmp_path)))
-    assert finished.returncode == 0, finished.stderr
-    said = io.StringIO()
-    for script, options in PARALLEL.items():
-        one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
-        with contextlib.redirect_stdout(said):
-            assert call(script, *options, "--out", one) == 0
-        torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
-        for column in ("loss", "gradient_norm"):
-            assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
-    # Counted, since two writers may interleave.
-    assert finished.stdout.count("pictures:") == said.getvalue().count("pictures:") > 0
-    alone, _ = trained(placed_batch, steps=3, lr=0.001)
-    for name in ("first", "second", "own"):
-        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
-
-
 STOPS = """
 import os, signal
 import maskgit
@@ -3018,13 +2988,38 @@ maskgit.train(tiny_model(codes=2), batch, recipe, out={0!r}, resume={1})
 
 
 @beside_the_others
-def test_a_process_that_is_killed_stops_all_and_one_process_goes_on(tmp_path, monkeypatch):
-    """The last checkpoint stays whole. Resumed by one process the run ends as one of a single process does."""
-    one, two = (tmp_path / name for name in ("one", "two"))
-    assert in_two_processes(tmp_path, STOPS.format(str(two), False)).returncode != 0
-    assert saved(two)["step"] == 4
-    assert [path.name for path in two.iterdir()] == ["model.pt"]
+def test_two_processes_agree_with_one_and_stop_together(tmp_path, monkeypatch):
+    """On the same global batch: equal loss and weights, one writer. Two scripts, then three trainings, of which the
+    last has a process group at hand. Then one of both is killed: the last checkpoint stays whole, and resumed by one
+    process that run ends as one of a single process does."""
+    calls = []
+    for script, options in PARALLEL.items():
+        calls.append((script.__name__, ["code.py", *options, "--out", str(tmp_path / "two" / script.__name__)]))
+    code = TOGETHER.format(calls, str(tmp_path)) + STOPS.format(str(tmp_path / "two" / "killed"), False)
+    (tmp_path / "code.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(tmp_path / "code.py")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert finished.returncode != 0 and "SIGKILL" in finished.stderr, finished.stderr
+    assert [path.name for path in (tmp_path / "two" / "killed").iterdir()] == ["model.pt"]
+    assert saved(tmp_path / "two" / "killed")["step"] == 4
+
+    said = io.StringIO()
+    for script, options in PARALLEL.items():
+        one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
+        with contextlib.redirect_stdout(said):
+            assert call(script, *options, "--out", one) == 0
+        torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
+        for column in ("loss", "gradient_norm"):
+            assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
+    # Counted, since two writers may interleave.
+    assert finished.stdout.count("pictures:") == said.getvalue().count("pictures:") > 0
+    alone, _ = trained(placed_batch, steps=3, lr=0.001)
+    for name in ("first", "second", "own"):
+        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
+
     monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the code sets it, too: this takes it back in the end
+    one, two = (tmp_path / processes / "killed" for processes in ("one", "two"))
     for out, resume in ((one, False), (two, True)):
         exec(STOPS.format(str(out), resume), {})
     torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
@@ -3528,6 +3523,7 @@ def test_each_json_is_what_its_command_writes():
         assert f" --json results/{file.name}" in result(file.stem)["command"]
 
 
+@beside_the_others
 def test_the_squares_that_come_along():
     """They are the default run's, of which squares.json is, and near the posterior."""
     path = HERE / "results" / "squares.pt"
