@@ -175,7 +175,7 @@ def timeless(out):
 
     def strip(value):
         if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "command", "out", "date")}
+            return {k: strip(v) for k, v in value.items() if k not in ("minutes", "seconds", "command", "out", "date")}
         return [strip(v) for v in value] if isinstance(value, list) else value
 
     return strip(json.loads((out / "metrics.json").read_text()))
