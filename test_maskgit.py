@@ -3589,7 +3589,7 @@ def test_figures_of_the_readme():
     strokes = [next(row for row in run if row["way"] == "OpenCV, Navier-Stokes") for run in rows]
     said.append("Stokes | " + " | ".join(f"{row['psnr']:.1f} | {row['ssim']:.3f}" for row in strokes) + " |")
     minutes = sum(result("inpaint")["seconds"].values()) / 60
-    said.append(f"after {minutes:.0f} minutes on one core beside other work")
+    said.append(f"after {minutes:.0f} minutes on one core with bf16")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
     said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
     assert [each for each in said if each not in readme] == []
