@@ -3542,7 +3542,7 @@ def test_figures_of_the_readme():
     squares = [result(name) for name in ("squares", "squares_seed1", "squares_seed2", "squares_seed3", "squares_seed4")]
     slow, longer = result("squares_avx2"), result("squares_3000")
     times = [sum(run["seconds"].values()) / 60 for run in (squares[0], slow)]
-    said = [f"the toy in {times[0]:.1f} minutes on two CPU cores with bf16, in {times[1]:.1f} on two older ones without"]
+    said = [f"toy in {times[0]:.1f} minutes on two CPU cores with bf16, in {times[1]:.1f} on two older ones without"]
     for words, task in (("a random share", "cosine"), ("one", "single")):
         row = squares[0]["tasks"][task]
         accuracies = f"{100 * row['accuracy']:.2f} % ({100 * row['posterior_accuracy']:.2f} %)"
