@@ -2972,12 +2972,13 @@ torch.distributed.destroy_process_group()
 
 
 STOPS = """
-import os, signal
+import os, signal, time
 import maskgit
 from test_maskgit import striped_batch, tiny_model
 
 def batch(step):
     if step == 4 and os.environ.get("RANK") == "1":
+        time.sleep(2)  # the other one may still be writing
         signal.raise_signal(signal.SIGKILL)
     return striped_batch(step)
 
