@@ -3466,7 +3466,7 @@ def test_what_seeds_explain(capsys):
     ]:
         assert reproduce.compare("a", others, again) == too_far
         assert capsys.readouterr().out.count("TOO FAR") == too_far
-    for name, figure, too_far in (("a", 1.09, 0), ("a", 1.11, 1), ("speed_cuda", 1.11, 0)):
+    for name, figure, too_far in (("a", 1.09, 0), ("a", 1.11, 1), ("speed", 1.11, 0)):
         assert reproduce.compare(name, {name: stored}, record(0, figure, 10.0, 20.0)) == too_far
 
 
@@ -3521,8 +3521,11 @@ def result(name):
 
 def test_each_json_is_what_its_command_writes():
     for file in (HERE / "results").glob("*.json"):
-        command = result(file.stem)["command"]
+        record = result(file.stem)
+        command = record["command"]
         assert f" --json results/{file.name}" in command and "--force" not in command
+        script = command.split("python ")[1].split()[0]
+        assert record["minutes"] > 0 and {"maskgit.py", script} <= record["code"].keys()
 
 
 @beside_the_others

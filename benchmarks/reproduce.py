@@ -61,9 +61,9 @@ def main():
     if arguments.list == bool(arguments.names) or set(arguments.names) - records.keys():
         parser.error(f"either --list, or some of {', '.join(records)}")
     for name, record in records.items() if arguments.list else ():
-        code = record.get("code", {"(no digests)": ""})
-        changed = [path for path in code if not (ROOT / path).exists() or file_digest(ROOT / path)[:12] != code[path]]
-        print(name, record["commit"], record.get("minutes"), "min; changed:", *changed, f"\n  {record['command']}")
+        now = {path: file_digest(ROOT / path)[:12] for path in record["code"] if (ROOT / path).exists()}
+        changed = [path for path, digest in record["code"].items() if now.get(path) != digest]
+        print(name, record["commit"], record["minutes"], "min; changed:", *changed, f"\n  {record['command']}")
     with tempfile.TemporaryDirectory() as folder:
         too_far = 0
         for name in arguments.names:
