@@ -60,7 +60,8 @@ def box_hole(rng, size):
 
 def half_hole(rng, size):
     """All that lies on one of four sides of the middle."""
-    return np.rot90(np.tile(np.arange(size) < size // 2, (size, 1)), rng.integers(4))
+    left = np.tile(np.arange(size) < size // 2, (size, 1))
+    return np.rot90(left, rng.integers(4))
 
 
 HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
@@ -113,9 +114,8 @@ def picture_files(path, apart=()):
     others = collections.Counter()
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
-        if any(part.startswith(".") for part in inside.parts):
-            continue
-        if any(root / each in apart for each in (inside, *inside.parents)):
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or any(root / each in apart for each in (inside, *inside.parents)):
             continue
         if file.is_dir():
             others["linked folder"] += file.is_symlink()  # Python does not look into it
@@ -216,7 +216,14 @@ def cartoon_cat(rng, size):
     """A cat's face by the numbers of `rng`: uint8 (size, size, 3)."""
     canvas = Image.new("RGB", (256, 256))
     pen = ImageDraw.Draw(canvas)
-    paint_room(pen, rng)
+    wall = np.array(WALLS[rng.integers(len(WALLS))])
+    pen.rectangle([0, 0, 256, 256], fill=colour(wall))
+    if rng.random() < 0.4:  # stripes
+        step = rng.integers(28, 52)
+        for left in range(-step, 256, step):
+            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
+    if rng.random() < 0.5:  # the floor
+        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
     x, y = 128 + rng.normal(0, 8, 2) + (0, 8)
     width = rng.uniform(70, 92)
     height = rng.uniform(60, 78)
@@ -248,17 +255,6 @@ def colour(values):
 
 def ellipse(pen, x, y, width, height, fill):
     pen.ellipse([x - width, y - height, x + width, y + height], fill)
-
-
-def paint_room(pen, rng):
-    wall = np.array(WALLS[rng.integers(len(WALLS))])
-    pen.rectangle([0, 0, 256, 256], fill=colour(wall))
-    if rng.random() < 0.4:
-        step = rng.integers(28, 52)
-        for left in range(-step, 256, step):
-            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
-    if rng.random() < 0.5:  # the floor
-        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
 
 
 def paint_pattern(pen, pattern, x, y, width, height, dark, light, second):
@@ -356,7 +352,7 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None, whole=False):
     model, tokenizer, painter = inpainter
     tokens, mask, coords = model_input(inpainter, images, holes)
     if filling.sample == "mean":
-        decoded = expected_pictures(inpainter, tokens, mask, coords)
+        decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence makes strokes in photographs worse
     else:
         order = filling.order
         if order == "confidence":
@@ -384,7 +380,7 @@ def fill_in_batches(inpainter, images, holes, filling, seed=0):
 @torch.no_grad()
 def expected_pictures(inpainter, tokens, mask, coords):
     """Pictures (B, S, S, 3) of tokens (B, T), where a hidden one is the mean of the centroids by the probabilities that
-    one pass gives: of all fillings that of the least squared error. With evidence strokes in photographs would lose."""
+    one pass gives: of all fillings that of the least squared error."""
     model, tokenizer, _ = inpainter
     with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
         logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
@@ -509,12 +505,13 @@ def train_painter(recipe, tokenizer, pictures, device):
     steps = recipe.painter_steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
     for step in range(steps):
-        rng = np.random.default_rng([recipe.seed, 4, step])
+        rng = np.random.default_rng([recipe.seed, 4, step])  # 4 parts it from the cats'
         pixels = pictures[np.sort(rng.integers(len(pictures), size=16))] / np.float32(255)
         if recipe.mirror and rng.random() < 0.5:
             pixels = pixels[:, :, ::-1].copy()
         holes = np.stack([HOLES[kind](rng, recipe.size) for kind in rng.choice(list(HOLES), len(pixels))])
-        noise = rng.normal(0, rng.uniform(0, 0.15, (len(pixels), 1, 1, 1)), pixels.shape)
+        strength = rng.uniform(0, 0.15, (len(pixels), 1, 1, 1))  # of the noise in each picture
+        noise = rng.normal(0, strength, pixels.shape)
         decoded = tokenizer.decode(tokenizer.encode((pixels + noise * holes[..., None]).astype(np.float32)))
         decoded, pixels, holes = (torch.from_numpy(each).to(device) for each in (decoded, pixels, holes))
         with maskgit.precision_context(device, recipe.precision):
@@ -549,8 +546,7 @@ def make_batch(recipe, tokenizer, pictures):
         generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, step))
         rows = torch.randint(len(grids), (recipe.batch_size,), generator=generator)
         tokens = torch.from_numpy(grids[rows.numpy()].astype(np.int64)).flatten(1)
-        at_random = (len(rows) - with_hole, tokens.shape[1])
-        mask = maskgit.training_mask(at_random, recipe.mask, generator, coords)
+        mask = maskgit.training_mask((len(rows) - with_hole, tokens.shape[1]), recipe.mask, generator, coords)
         hole = holes[torch.randint(len(holes), (with_hole,), generator=generator)]
         # As in decoding, some tokens of a hole may be known: of every second one all are hidden, of the others a share.
         share = 2 * torch.rand(with_hole, 1, generator=generator)
@@ -678,14 +674,18 @@ def print_scores(figures):
     print(f"cross-entropy, nats per hidden token: {entropies}; seen: on pictures of the training")
 
 
-def save_pictures(out, inpainter, images, holes, filling):
-    """samples.png and decode.gif."""
+def save_pictures(out, inpainter, images, holes, filling, history):
+    """samples.png, decode.gif and loss.png."""
     grey = paste(images, holes, np.uint8(GREY))
     filled = [fill_in_batches(inpainter, images, holes, filling, seed) for seed in range(3)]
     columns = np.stack([grey, *filled, images], axis=1)
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
     frames = [grey, *trace_pictures(inpainter, images, holes, replace(filling, sample="categorical"))]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
+    steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
+    curves = {"training": (steps, training), "validation": (steps, validation)}
+    labels = dict(title="Inpainting: loss in training, and on the holes of validation pictures", x_label="step")
+    maskgit.line_plot(curves, **labels, y_label="cross-entropy, nats per hidden token").save(out / "loss.png")
 
 
 def trace_pictures(inpainter, images, holes, filling):
@@ -708,13 +708,6 @@ def sheet(pictures, titles=()):
     """Pictures (..., S, S, 3) uint8 as one, in columns with titles or four in a row."""
     pictures = pictures.reshape(-1, *pictures.shape[-3:])
     return maskgit.image_grid(pictures / 255, len(titles) or 4, scale=max(1, 128 // pictures.shape[1]), titles=titles)
-
-
-def loss_plot(history):
-    steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
-    curves = {"training": (steps, training), "validation": (steps, validation)}
-    title = "Inpainting: loss in training, and on the holes of validation pictures"
-    return maskgit.line_plot(curves, title=title, x_label="step", y_label="cross-entropy, nats per hidden token")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -955,8 +948,7 @@ def command_line(description, recipe, filling, out):
 
 def defaults_of(arguments):
     """What --preset and --images change."""
-    out = {"out": Path("runs/filled")} if arguments.images else {}
-    return out | PRESETS.get(arguments.preset, {})
+    return PRESETS.get(arguments.preset, {}) | ({"out": Path("runs/filled")} if arguments.images else {})
 
 
 FILLS_ONLY = {"invert_masks", "whole", "samples"}
@@ -1020,9 +1012,7 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
     settings = vars(arguments) | asdict(recipe) | asdict(filling)
     maskgit.write_figures(record, settings, figures, out / "metrics.json", arguments.json)
     print_scores(figures)
-    save_pictures(out, inpainter, *(each[:8] for each in test), filling)
-    loss_plot(history).save(out / "loss.png")
-    print("seconds: " + ", ".join(f"{name} {value}" for name, value in figures["seconds"].items()))
+    save_pictures(out, inpainter, *(each[:8] for each in test), filling, history)
     print("pictures:", *sorted(out.glob("*.png")), out / "decode.gif")
 
 
