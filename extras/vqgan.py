@@ -211,10 +211,10 @@ def load_transformer(path, device):
 
 
 # What else students save, none of which runs code of the file: arguments, and numbers of numpy.
-SCALAR = np.float64(0).__reduce__()[0]  # a function, which numpy 1 had in another place
+SCALAR = np.float64(0).__reduce__()[0]  # what makes a number again; numpy 1 had it elsewhere
 BESIDE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 BESIDE += [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"}  # by which they are found
+ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"}  # a name in each, by which it is found
 
 
 def load_weights(network, path, part):
@@ -251,12 +251,12 @@ def weights_beside(anchor, saved):
 
 def one_attention(weights):
     """A transformer's weights, those of its attention by the names of maskgit.Attention: `qkv`, one matrix, and `out`.
-    Each student has names of his own, and some have a matrix each for query, key and value."""
+    Students call these otherwise, and some have a matrix each for query, key and value."""
     found = {name: tensor for name, tensor in weights.items() if ".Attention." not in name}
     for i in range(15):
         at = f"blocks.{i}.Attention."
         own = {name.removeprefix(at): tensor for name, tensor in weights.items() if name.startswith(at)}
-        matrices = {name.removesuffix("weight"): own[name] for name in own if name.endswith("weight")}  # of "q." etc.
+        matrices = {name.removesuffix("weight"): own[name] for name in own if name.endswith("weight")}  # {"q.": ...}
         inputs = query_key_value(matrices)
         outputs = matrices.keys() - set(inputs)
         known = {f"{name}{kind}" for name in matrices for kind in ("weight", "bias")}
@@ -264,7 +264,7 @@ def one_attention(weights):
             raise ValueError(f"its attention has {', '.join(sorted(own)) or 'no names'}")
         for ours, theirs in (("qkv", inputs), ("out", outputs)):
             found[f"{at}{ours}.weight"] = torch.cat([matrices[name] for name in theirs])
-            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # R1 has none
+            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # one student has none
             found[f"{at}{ours}.bias"] = torch.cat(biases)
     return found
 
@@ -275,6 +275,7 @@ def query_key_value(matrices):
     together = [name for name, matrix in matrices.items() if len(matrix) == 3 * 768]
     if together:
         return () if re.search("qvk|kqv|kvq|vqk|vkq", " ".join(together).lower()) else together
+    # Such as "to_q. to_k. to_v.": what stands before and after the mention is the same.
     mentions = re.compile(r"(.*)(?:query|queries|q)(.*) \1(?:keys?|k)\2 \1(?:values?|val|v)\2")
     triples = [names for names in itertools.permutations(matrices, 3) if mentions.fullmatch(" ".join(names).lower())]
     return triples[0] if len(triples) == 1 else ()
