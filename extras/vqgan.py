@@ -214,7 +214,7 @@ def load_transformer(path, device):
 SCALAR = np.float64(0).__reduce__()[0]  # what makes a number again; numpy 1 had it elsewhere
 BESIDE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 BESIDE += [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
-ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"}  # a name in each, by which it is found
+ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"}  # a name in each
 
 
 def load_weights(network, path, part):
@@ -264,7 +264,7 @@ def one_attention(weights):
             raise ValueError(f"its attention has {', '.join(sorted(own)) or 'no names'}")
         for ours, theirs in (("qkv", inputs), ("out", outputs)):
             found[f"{at}{ours}.weight"] = torch.cat([matrices[name] for name in theirs])
-            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # one student has none
+            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # some have none
             found[f"{at}{ours}.bias"] = torch.cat(biases)
     return found
 
