@@ -29,6 +29,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint
 import maskgit
+from maskgit import InputError
 
 AT_ONCE = 16  # pictures that the VQGAN is given, in 1 GB of memory
 MOMENTS = {  # mean and deviation of red, green and blue: the reports train by others than they fill by
@@ -219,22 +220,22 @@ ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"
 
 def load_weights(network, path, part):
     """Give the network the weights that a stranger's file has of that part of a MaskGIT, "vqgan" or "transformer".
-    ValueError if they are of anything else."""
+    InputError if they are of anything else."""
     try:
         with torch.serialization.safe_globals(BESIDE):
-            saved = maskgit.read_tensors(path, "cpu")
+            saved = maskgit.read_tensors(path)
         found = list(weights_beside(ANCHORS[part], saved))
         if len(found) != 1:
-            raise ValueError(f"it has {ANCHORS[part]!r} {len(found)} times; its keys are {inpaint.listed(saved)}")
+            raise InputError(f"it has {ANCHORS[part]!r} {len(found)} times; its keys are {inpaint.listed(saved)}")
         weights = one_attention(found[0]) if part == "transformer" else found[0]
         if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise ValueError("some of its weights are no numbers")
+            raise InputError("some of its weights are no numbers")
         network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         reason = textwrap.shorten(str(error), 300)
         if isinstance(error, pickle.UnpicklingError):  # whose own words advise to run the code
             reason = "it is damaged or asks to run code; torch.save(model.state_dict(), FILE) asks for none"
-        raise ValueError(f"{path} does not hold the reports' {part}: {reason}") from None
+        raise InputError(f"{path} does not hold the reports' {part}: {reason}") from None
     network.eval()
 
 
@@ -261,7 +262,7 @@ def one_attention(weights):
         outputs = matrices.keys() - set(inputs)
         known = {f"{name}{kind}" for name in matrices for kind in ("weight", "bias")}
         if not inputs or len(outputs) != 1 or own.keys() - known:
-            raise ValueError(f"its attention has {', '.join(sorted(own)) or 'no names'}")
+            raise InputError(f"its attention has {', '.join(sorted(own)) or 'no names'}")
         for ours, theirs in (("qkv", inputs), ("out", outputs)):
             found[f"{at}{ours}.weight"] = torch.cat([matrices[name] for name in theirs])
             biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # some have none
@@ -289,17 +290,17 @@ def query_key_value(matrices):
 class OnVQGAN(inpaint.Inpainting):
     """All that decides the weights of a run on the tokens of a VQGAN."""
 
-    vqgan_sha256: str = maskgit.setting("", None)
-    size: int = maskgit.setting(64, None)
-    patch: int = maskgit.setting(4, None)
-    codes: int = maskgit.setting(1024, None)
-    painter_steps: int = maskgit.setting(0, None)  # a VQGAN's decoder paints
+    vqgan_sha256: str = maskgit.setting("", "")
+    size: int = maskgit.setting(64, "")
+    patch: int = maskgit.setting(4, "")
+    codes: int = maskgit.setting(1024, "")
+    painter_steps: int = maskgit.setting(0, "")  # a VQGAN's decoder paints
 
 
 def require_vqgan(path, config, vqgan):
-    """ValueError unless the checkpoint with that config was trained on the tokens of this VQGAN."""
+    """InputError unless the checkpoint with that config was trained on the tokens of this VQGAN."""
     if (config or {}).get("vqgan_sha256") != vqgan.sha256:
-        raise ValueError(f"{path} was not trained on the tokens of the VQGAN that --vqgan names")
+        raise InputError(f"{path} was not trained on the tokens of the VQGAN that --vqgan names")
 
 
 def parse_arguments():
