@@ -66,7 +66,6 @@ class Mixed(nn.Module):
 
     branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several.
     pooled: the width of one after the pool. So Mixed(192, MIXED_5, mean_pool, 32) concatenates the ends of
-
         x -> branch1x1 (64 channels, 1x1)
         x -> branch5x5_1 (48, 1x1) -> branch5x5_2 (64, 5x5)
         x -> branch3x3dbl_1 (64, 1x1) -> branch3x3dbl_2 (96, 3x3) -> branch3x3dbl_3 (96, 3x3)
@@ -436,6 +435,14 @@ def settings_from_command_line():
     return parser.parse_args()
 
 
+def pick_device(name):
+    """The torch.device of that name; for None, CUDA where there is one."""
+    try:
+        return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def measured(paths, settings):
     """The Statistics at each path: a folder's images are put through the network, an .npz file is read."""
     sets = [ImageFolder(path) if path.is_dir() else read_statistics(path) for path in paths]
@@ -446,8 +453,7 @@ def measured(paths, settings):
     if settings.kid and len(folders) < len(sets):
         raise InputError("--kid needs two folders: a statistics file holds no features")
     if folders:
-        device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        network = load_inception(settings.dims, settings.weights, device)
+        network = load_inception(settings.dims, settings.weights, pick_device(settings.device))
     for i, images in enumerate(sets):
         if isinstance(images, ImageFolder):
             features = folder_features(images, network, settings.batch_size, settings.num_workers)
