@@ -352,8 +352,8 @@ class MaskGIT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Masking
 
-# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1, gamma(1) = 0. Takes
-# and returns floats or numpy arrays. R1 and R2 use the first three; the paper compares these with cubic, sqrt and exp.
+# gamma(r), of floats or arrays: the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1,
+# gamma(1) = 0. R1 and R2 use the first three. The paper has all but arccos; its log and exp depend on how many tokens.
 SCHEDULES = {
     "cosine": lambda r: np.cos(r * (math.pi / 2)),
     "linear": lambda r: 1 - r,
