@@ -987,7 +987,8 @@ def tokenizer_and_painter(arguments, recipe, pictures, device):
 
 def train_and_score(record, arguments, recipe, filling, vqgan=None):
     """A whole run. A VQGAN is tokenizer and painter in one."""
-    device = maskgit.open_run(arguments)
+    maskgit.require_no_run(arguments.out, arguments.resume, arguments.force)
+    device = maskgit.pick_device(arguments.device)
     recipe = recipe.for_device(device)
     out = arguments.out
     started = time.monotonic()
