@@ -126,7 +126,7 @@ def picture_files(path, apart=()):
     if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
         print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
-        raise InputError(f"{path} is no folder of pictures, or only of those that are written to --out")
+        raise InputError(f"there are no pictures in {path}, or --out holds them all")
     return files
 
 
@@ -534,8 +534,7 @@ def make_batch(recipe, tokenizer, pictures):
     """batch(step) for train(): some rows hide recipe.mask, the others what lies in holes."""
     views = (pictures, pictures[:, :, ::-1]) if recipe.mirror else (pictures,)
     parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
-    grids = [tokenizer.encode(part / np.float32(255)).astype(np.int32) for part in parts]
-    grids = np.concatenate(grids)  # (N or 2 N, h, w)
+    grids = np.concatenate([tokenizer.encode(part / np.float32(255)) for part in parts]).astype(np.int32)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
     with_hole = int(recipe.hole_rows * recipe.batch_size)  # fewer than all: some of these may hide nothing
     of_each = min(1000, 1 + recipe.steps * with_hole)
@@ -582,8 +581,7 @@ def input_batches(inpainter, images, holes, informed=False):
 @torch.no_grad()
 def cross_entropy(model, inputs):
     """Nats per hidden token of input_batches, all of them hidden at once."""
-    total = 0.0
-    count = 0
+    total, count = 0.0, 0
     for tokens, mask, coords, true, evidence in inputs:
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
@@ -692,8 +690,7 @@ def trace_pictures(inpainter, images, holes, filling):
     """The pictures after each step of filling, with what is still hidden in grey."""
     tokenizer = inpainter.tokenizer
     side = images.shape[1] // tokenizer.patch
-    trace = []
-    shown = []
+    trace, shown = [], []
     fill(inpainter, images, holes, filling, trace=trace)
     for tokens, mask in trace:
         hidden = mask.cpu().numpy().reshape(-1, side, side)
@@ -1025,7 +1022,7 @@ def main():
         fill_files(inpainter, run["size"], filling, arguments, recipe.seed)
     else:
         train_and_score(record, arguments, recipe, filling)
-        model = arguments.out / "model.pt"
+        model = f"{arguments.out}/model.pt"
         print(f"fill your own: python inpaint.py --checkpoint {model} --images DIR --masks DIR --out DIR")
 
 

@@ -325,16 +325,13 @@ def main():
     arguments, recipe, filling = parse_arguments()
     device = maskgit.pick_device(arguments.device)
     vqgan = load_vqgan(arguments.vqgan, device, "filling" if arguments.transformer else "training")
-    if not arguments.images:
-        if arguments.resume:
-            load_own(arguments.out / "model.pt", vqgan, device)
-        recipe = replace(recipe, vqgan_sha256=vqgan.sha256)
-        inpaint.train_and_score(record, arguments, recipe, filling, vqgan)
-        return
     if arguments.transformer:
         model = load_transformer(arguments.transformer, device)
-    else:
+    elif arguments.checkpoint:
         model = load_own(arguments.checkpoint, vqgan, device)
+    else:
+        recipe = replace(recipe, vqgan_sha256=vqgan.sha256)
+        return inpaint.train_and_score(record, arguments, recipe, filling, vqgan)
     inpainter = inpaint.Inpainter(model, tokenizer=vqgan, painter=vqgan)
     inpaint.fill_files(inpainter, recipe.size, filling, arguments, recipe.seed)
 
