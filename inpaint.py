@@ -409,7 +409,7 @@ def pixel_evidence(tokenizer, images, holes, noises=6, least_noise=(4 / 255) ** 
 
     Pixels are taken as normal around those of the code. Flat patches have hardly any noise and edges have much, so the
     variance may be any of `noises` quantiles of the errors of the picture's wholly visible tokens. As neighbours are
-    alike, `correlated` pixels count as one. (These numbers are the best on validation pictures.)"""
+    alike, `correlated` pixels count as one. (All three were chosen on validation pictures.)"""
     pixels = maskgit.image_patches(images / np.float32(255), tokenizer.patch, tokenizer.patch)
     visible = ~maskgit.image_patches(holes[..., None].repeat(3, axis=-1), tokenizer.patch, tokenizer.patch)
     pixels, visible = (each.reshape(len(images), -1, each.shape[-1]) for each in (pixels, visible))  # (B, T, D)

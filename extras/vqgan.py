@@ -308,9 +308,11 @@ def load_own(path, vqgan, device):
 def parse_arguments():
     """The command line, with the recipe and the filling in it."""
     parser = inpaint.command_line(__doc__, OnVQGAN, inpaint.Filling(evidence=False), "runs/vqgan")
-    parser.add_argument("--vqgan", type=Path, required=True, metavar="FILE", help="the weights of the VQGAN")
+    parser.add_argument("--vqgan", type=Path, metavar="FILE", help="the weights of the VQGAN; always needed")
     parser.add_argument("--transformer", type=Path, metavar="FILE", help="fill by this transformer of the reports")
     arguments = parser.parse_with(inpaint.defaults_of)
+    if not arguments.vqgan:
+        parser.error("--vqgan is needed: the weights of the VQGAN")
     if arguments.transformer and arguments.checkpoint:
         parser.error("--transformer is the reports', --checkpoint one of this script: fill by one of them")
     inpaint.require_flags(parser, arguments, arguments.transformer or arguments.checkpoint)
