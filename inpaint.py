@@ -537,7 +537,7 @@ def make_batch(recipe, tokenizer, pictures):
     grids = np.concatenate([tokenizer.encode(part / np.float32(255)) for part in parts]).astype(np.int32)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
     with_hole = int(recipe.hole_rows * recipe.batch_size)  # fewer than all: some of these may hide nothing
-    of_each = min(1000, 1 + recipe.steps * with_hole)
+    of_each = min(1000, 1 + recipe.steps * with_hole)  # holes of each kind: few for a short run
     holes = [make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES]
     holes = token_mask(tokenizer, np.concatenate(holes))  # (3 * of_each, T)
 
