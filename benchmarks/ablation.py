@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maskgit
 import train_squares
+from benchmarks.pictures import save_curves
 from train_squares import TEST_COUNT, TEST_SEED
 
 # The size and budget of all variants. An epoch of S1, each image once, is one update.
@@ -74,9 +75,9 @@ def main():
     references = {"cosine head's best": limit, "exact posterior": rows[0]["limit"]}
     figures = {"logged_steps": steps, "references": references, "runs": rows}
     maskgit.write_figures(record, vars(arguments), figures, arguments.json)
-    labels = {"title": "S1's recipe and its repairs, mean of three seeds", "x_label": "updates"}
-    labels["y_label"] = "cross-entropy on unseen masks, nats per hidden pixel"
-    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(arguments.json.with_suffix(".png"))
+    plots = {"S1's recipe and its repairs, mean of three seeds": curves}
+    labels = {"x_label": "updates", "y_label": "cross-entropy on unseen masks, nats per hidden pixel"}
+    save_curves(arguments.json.with_suffix(".png"), plots, **labels, references=references, log_y=True)
     maskgit.print_table(["variant", "cross-entropy", "lowest", "highest"], table)
 
 

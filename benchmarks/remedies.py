@@ -19,7 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maskgit
 import train_rectangles
-from maskgit import CommandLine, at_least, line_plot, pick_device, print_table, run_as_script, run_record, write_figures
+from benchmarks.pictures import save_curves
+from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
 from train_rectangles import PATCH, SIZE, coverage, draw_points
 
 SOURCES = {"100 rectangles": 100, "fresh ones": None}
@@ -120,9 +121,10 @@ def main():
     limit = {name: float(np.mean([row["unseen"][name] for row in rows])) for name in ("limit", "posterior_accuracy")}
     table.append(["posterior", f"{limit['limit']:.4f}", f"{limit['posterior_accuracy']:.4f}", ""])
     write_figures(record, vars(arguments), {"posterior": limit, "logged_steps": steps, "runs": rows}, arguments.json)
+    plots = {"S2's remedies, mean of three seeds": curves}
     labels = {"x_label": "step", "y_label": "cross-entropy on unseen rectangles, nats per hidden token"}
-    labels |= {"title": "S2's remedies, mean of three seeds", "references": {"posterior": limit["limit"]}}
-    line_plot(curves, **labels, log_y=True).save(arguments.json.with_suffix(".png"))
+    levels = {"posterior": limit["limit"]}
+    save_curves(arguments.json.with_suffix(".png"), plots, **labels, references=levels, log_y=True)
     print_table(["rectangles, remedy", "unseen: cross-entropy", "accuracy", "the 100: accuracy"], table)
 
 

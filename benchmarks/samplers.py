@@ -27,14 +27,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rectangles
 import train_squares
+from benchmarks.pictures import save_curves
 from maskgit import (
     CommandLine,
     all_but_lowest,
     at_random,
     by_confidence,
     by_entropy,
-    image_grid,
-    line_plot,
     load_checkpoint,
     pick_device,
     print_table,
@@ -44,7 +43,7 @@ from maskgit import (
 )
 
 # ---------------------------------------------------------------------------------------------------
-# Orders: functions of a maskgit.Step. Thresholds are those of the papers.
+# Orders: functions of a maskgit.Step; those that remember something start over at step 1. Thresholds are the papers'.
 
 
 def entropies(state):
@@ -56,18 +55,18 @@ def each_below(state, certain=0.05):
     without a bound on the sum."""
     entropy = entropies(state)
     sure = entropy < certain
-    unsure = torch.zeros_like(state.left).index_add(0, state.image, (~sure).long())
-    return all_but_lowest(entropy.masked_fill(sure, math.inf), state.image, state.left.minimum(unsure - 1))
+    unsure = torch.zeros_like(state.left).index_add(0, state.row, (~sure).long())
+    return all_but_lowest(entropy.masked_fill(sure, math.inf), state.row, state.left.minimum(unsure - 1))
 
 
 def entropy_bounded(state, gamma=0.1):
     """EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857): the most certain tokens, as many as sum H - max H <= gamma
     allows."""
     entropy = entropies(state)
-    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.image, state.place), entropy)  # (B, T)
+    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.row, state.place), entropy)  # (B, T)
     ascending, place = of_image.sort(dim=1, stable=True)
     within = ascending.cumsum(dim=1) - ascending <= gamma
-    return torch.zeros_like(within).scatter(1, place, within)[state.image, state.place]
+    return torch.zeros_like(within).scatter(1, place, within)[state.row, state.place]
 
 
 def margin(state):
@@ -85,21 +84,37 @@ def moment(state, choice_temperature=4.5):
     return weight - torch.empty_like(weight).exponential_(generator=state.generator).log()
 
 
-def by_halton(state):
+class Halton:
     """Halton (Besnier et al. 2025), evenly over the image: the k-th point of the sequence (bases 2 and 3, stretched
-    over the tokens' bounding box) takes the nearest token not yet taken."""
-    if "halton" not in state.memory:
-        coords = state.coords
-        low, high = coords.aminmax(dim=1, keepdim=True)
-        priority = torch.full(coords.shape[:2], math.inf, device=coords.device)  # (B, T)
-        k = torch.arange(coords.shape[1], dtype=torch.float64, device=coords.device)
-        points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
-        for i in range(len(points)):
-            distance = (coords - (low + (high - low) * points[i])).square().sum(dim=-1)
-            nearest = distance.masked_fill(priority.isfinite(), math.inf).argmin(dim=1, keepdim=True)
-            priority.scatter_(1, nearest, float(-i))
-        state.memory["halton"] = priority
-    return state.memory["halton"][state.image, state.place]
+    over the tokens' bounding box) takes the nearest token not yet taken. rolled: with a start of its own for each
+    image, as in valeoai's code."""
+
+    def __init__(self, rolled=False):
+        self.rolled = rolled
+
+    def __call__(self, state):
+        if state.step == 1:
+            visit = halton_visits(state.coords)
+            if self.rolled:
+                b, t = visit.shape
+                start = torch.randint(t, (b, 1), generator=state.generator, device=visit.device)
+                visit = (visit - start) % t
+            self.visit = visit
+        return -self.visit[state.row, state.place].float()
+
+
+def halton_visits(coords):
+    """When the sequence comes to each token at coords (B, T, 2): 0 .. T-1, (B, T)."""
+    b, t, _ = coords.shape
+    low, high = coords.aminmax(dim=1, keepdim=True)
+    k = torch.arange(t, dtype=torch.float64, device=coords.device)
+    points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
+    visit = torch.full((b, t), -1, device=coords.device)
+    for i, point in enumerate(points):
+        distance = (coords - (low + (high - low) * point)).square().sum(dim=-1)
+        nearest = distance.masked_fill(visit >= 0, math.inf).argmin(dim=1, keepdim=True)
+        visit.scatter_(1, nearest, i)
+    return visit
 
 
 def radical_inverse(k, base):
@@ -107,29 +122,26 @@ def radical_inverse(k, base):
     return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
 
 
-def rolled_halton(state):
-    """The same with a start of its own for each image, as in valeoai's code."""
-    if "start" not in state.memory:
-        b, t = state.coords.shape[:2]
-        state.memory["start"] = torch.randint(t, (b,), generator=state.generator, device=state.coords.device)
-    tokens = state.coords.shape[1]
-    return -((-by_halton(state) - state.memory["start"][state.image]) % tokens)
-
-
 def threshold(state, probability=0.9):
     """Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): all that are as probable as this, else the most probable one."""
     return state.log_probs.amax(dim=-1).exp() >= probability
 
 
-def klass(state, probability=0.9, divergence=0.01):
+class Klass:
     """KLASS (Kim et al. 2025, arXiv 2511.05664): those so probable whose distribution has moved by less than so many
     nats since the last step, else the most probable one."""
-    log_probs = state.log_probs.clamp(min=-1e9)
-    everywhere = (*state.coords.shape[:2], log_probs.shape[1])
-    last = state.memory.setdefault("last", log_probs.new_full(everywhere, -1e9))  # (B, T, K)
-    moved = (log_probs.exp() * (log_probs - last[state.image, state.place])).sum(dim=-1)
-    last[state.image, state.place] = log_probs
-    return (log_probs.amax(dim=-1).exp() > probability) & (moved < divergence)
+
+    def __init__(self, probability=0.9, divergence=0.01):
+        self.probability = probability
+        self.divergence = divergence
+
+    def __call__(self, state):
+        log_probs = state.log_probs.clamp(min=-1e9)
+        if state.step == 1:
+            self.last = log_probs.new_full((*state.coords.shape[:2], log_probs.shape[1]), -1e9)  # (B, T, K)
+        moved = (log_probs.exp() * (log_probs - self.last[state.row, state.place])).sum(dim=-1)
+        self.last[state.row, state.place] = log_probs
+        return (log_probs.amax(dim=-1).exp() > self.probability) & (moved < self.divergence)
 
 
 def settings_of(order, name, values):
@@ -142,14 +154,14 @@ ORDERS = {
     "confidence, log prob.": functools.partial(by_confidence, log_probability=True),
     "confidence, no noise": functools.partial(by_confidence, choice_temperature=0.0),
     "random": at_random,
-    "halton": by_halton,
-    "halton, rolled": rolled_halton,
+    "halton": Halton(),
+    "halton, rolled": Halton(rolled=True),
     "entropy, each below": settings_of(each_below, "certain", (0.02, 0.05, 0.1, 0.15, 0.2)),
     "entropy-bounded": settings_of(entropy_bounded, "gamma", (0.01, 0.1, 0.2, 0.5, 1.0)),
     "margin": margin,
     "moment": moment,
     "threshold": settings_of(threshold, "probability", (0.8, 0.9, 0.95, 0.99)),
-    "KLASS": settings_of(klass, "probability", (0.6, 0.9, 0.99)),
+    "KLASS": {f"probability {least}": Klass(least) for least in (0.6, 0.9, 0.99)},
 }
 EXACT = {"entropy", "halton", "entropy, each below", "entropy-bounded", "margin", "threshold", "KLASS"}
 
@@ -236,20 +248,14 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
     return [*rows, averaged]
 
 
-def paint_curves(rows):
-    """Total variation against network calls, from nothing: with exact marginals, and with the model's. An order with a
-    single setting is no curve."""
-    plots = []
-    labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
-    for marginals in ("exact", "model"):
-        curves = {}
-        for order, each in itertools.groupby(rows, lambda row: row["order"]):
-            points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
-            if len(points) > 1:
-                curves[order] = zip(*points, strict=True)
-        plot = line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
-        plots.append(np.asarray(plot) / 255)
-    return image_grid(np.stack(plots), 2)
+def curves_of(rows, marginals):
+    """{order: (network calls, total variation)} of the orders with more than one setting."""
+    curves = {}
+    for order, each in itertools.groupby(rows, lambda row: row["order"]):
+        points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
+        if len(points) > 1:
+            curves[order] = zip(*points, strict=True)
+    return curves
 
 
 def run_on_squares(record, arguments, device):
@@ -263,7 +269,9 @@ def run_on_squares(record, arguments, device):
     if arguments.json:
         figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
         write_figures(record, vars(arguments), figures, arguments.json)
-        paint_curves(from_nothing).save(arguments.json.with_suffix(".png"))
+        plots = {f"Squares from nothing, {m} marginals": curves_of(from_nothing, m) for m in ("exact", "model")}
+        labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
+        save_curves(arguments.json.with_suffix(".png"), plots, **labels, log_x=True)
 
 
 # ---------------------------------------------------------------------------------------------------
