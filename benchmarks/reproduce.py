@@ -80,7 +80,9 @@ def main():
     if arguments.list:
         for name, record in records.items():
             commit = f"{record['commit']} and changes" if record.get("changed") else record["commit"]
-            print(f"{name}, {record['minutes']} min at {commit}; changed since:", *changed_code(record))
+            print(
+                f"{name}, {record['minutes']} min at {commit}; changed since:", *(changed_code(record) or ["nothing"])
+            )
             print(f"  {record['command']}")
         return
     too_far = 0
