@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import maskgit
@@ -92,7 +93,7 @@ HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 class Inpainting(maskgit.Experiment):
     """All that decides the weights of a run."""
 
-    pictures_sha256: str = setting("", None)
+    pictures_sha256: str = setting("", "")
     cartoons: int = setting(6000, "number of cats, without --data", low=1)
     size: int = setting(64, "pixels per side of a picture; SSIM needs 11", low=11)
     patch: int = setting(4, "pixels per side of a token", low=1)
@@ -105,11 +106,11 @@ class Inpainting(maskgit.Experiment):
     def __post_init__(self):
         super().__post_init__()
         if self.size % self.patch:
-            raise ValueError(f"size {self.size} is not divisible by patch {self.patch}")
+            raise maskgit.InputError(f"size {self.size} is not divisible by patch {self.patch}")
 
 
 @dataclass(frozen=True)
-class Filling(maskgit.Settings):
+class Filling:
     """How the holes are filled."""
 
     decode_steps: int = setting(10, "network calls", low=1)
@@ -119,6 +120,9 @@ class Filling(maskgit.Settings):
     temperature: float = setting(0.4, "of the samples", low=1e-6)
     choice_temperature: float = setting(1.0, "of the order by confidence", low=0.0)
     evidence: bool = setting(True, "use the visible pixels of tokens that lie partly in a hole")
+
+    def __post_init__(self):
+        maskgit.check_settings(self)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -131,11 +135,11 @@ def picture_files(path, apart=()):
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"there is no folder or file {path}")
+        raise maskgit.InputError(f"there is no folder or file {path}")
     root = path.resolve()
     apart = {each.resolve() for each in apart if each}
     if root in apart:
-        raise ValueError(f"{path} cannot be read from and written to: --out renames")
+        raise maskgit.InputError(f"{path} cannot be read from and written to: --out renames")
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN.keys() - NO_PIXELS}
     files = []
     others = collections.Counter()
@@ -153,7 +157,7 @@ def picture_files(path, apart=()):
     if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
         print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
-        raise ValueError(f"{path} holds no pictures")
+        raise maskgit.InputError(f"{path} holds no pictures")
     return files
 
 
@@ -165,7 +169,7 @@ def read_image(file, prepare):
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types
-        raise ValueError(f"{file} cannot be read: {error}") from None
+        raise maskgit.InputError(f"{file} cannot be read: {error}") from None
 
 
 def eight_bits(image):
@@ -177,7 +181,7 @@ def eight_bits(image):
     scales = WHITE[image.mode]
     white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
     if not low >= -0.01 * white or not white:
-        raise ValueError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
+        raise maskgit.InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
@@ -223,7 +227,7 @@ def open_pictures(folder, cartoons, size, seed, out=None):
     if folder:
         print(f"{folder}: {distinct} distinct pictures, {duplicates} duplicates left out")
     if min(map(len, digests)) < 2:
-        raise ValueError(f"{distinct} distinct pictures are too few for training, validation and test")
+        raise maskgit.InputError(f"{distinct} distinct pictures are too few for training, validation and test")
     split = Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
     return split, together.hexdigest()
 
@@ -789,7 +793,7 @@ def pair_by_name(pictures, masks):
         for some, theirs in groups.values():
             if some and theirs:
                 if len(some | theirs) > 2 or theirs <= taken:
-                    raise ValueError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
+                    raise maskgit.InputError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
                 pairs[min(some)] = min(theirs)
                 taken |= theirs
     return pairs
@@ -811,14 +815,14 @@ def pair_files(images, masks, out):
         holes = {file for file in pictures if MASK.search(file.stem.lower())}
         pictures -= holes
         if not holes or not pictures:
-            raise ValueError(f"{images} is for pictures and masks, but has no names with and without 'mask'")
+            raise maskgit.InputError(f"{images} is for pictures and masks, but has no names with and without 'mask'")
     else:
         holes = set(picture_files(masks, [out, images]))
     pairs = pair_by_name(pictures, holes)
     if lonely := pictures - pairs.keys():
-        raise ValueError(f"no mask has the name or the number of {listed(sorted(lonely))}")
+        raise maskgit.InputError(f"no mask has the name or the number of {listed(sorted(lonely))}")
     if (lonely := holes.difference(pairs.values())) and not images.is_file():
-        raise ValueError(f"no picture has the name or the number of {listed(sorted(lonely))}")
+        raise maskgit.InputError(f"no picture has the name or the number of {listed(sorted(lonely))}")
     return sorted(pairs.items())
 
 
@@ -827,7 +831,7 @@ def white_pixels(image):
     is the lighter one. ValueError if they are transparent in part, or most of them neither black nor white, or if all
     that differ are on one side of the middle."""
     if image.has_transparency_data and np.ptp(image.convert("RGBA").getchannel("A").getextrema()):
-        raise ValueError("what its transparency means is open; save it without, the hole in black, the rest in white")
+        raise maskgit.InputError("what its transparency means is open; save it without, the hole in black, the rest in white")
     grey = eight_bits(image.convert("RGB") if len(image.getbands()) > 1 else image).convert("L")
     levels = np.asarray(grey)
     values = np.asarray(image if len(image.getbands()) == 1 else grey)
@@ -840,7 +844,7 @@ def white_pixels(image):
     one_sided = low < high and (low > 127 or high <= 127)
     if one_sided or np.mean((levels < 32) | (levels > 223)) <= 0.5:
         few = listed(f"{value:g}" for value in np.unique(values))
-        raise ValueError(f"it is no mask in black and white: its values are {few}")
+        raise maskgit.InputError(f"it is no mask in black and white: its values are {few}")
     return levels > 127
 
 
@@ -850,7 +854,7 @@ def read_pair(picture, mask, invert):
     hole = read_image(mask, white_pixels) == invert
     if image.shape[:2] != hole.shape:
         sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, hole), (picture, image))]
-        raise ValueError(f"{', '.join(sizes)}; a mask has its image's size")
+        raise maskgit.InputError(f"{', '.join(sizes)}; a mask has its image's size")
     return image, hole
 
 
@@ -865,12 +869,12 @@ def open_model(path, device):
     """The checkpoint of a run of this script."""
     checkpoint = maskgit.load_checkpoint(path, device)
     if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
-        raise ValueError(f"{path} is no checkpoint of inpaint.py")
+        raise maskgit.InputError(f"{path} is no checkpoint of inpaint.py")
     painter = Painter().to(device).eval()
     try:
         painter.load_state_dict(checkpoint["extra"])
     except (RuntimeError, TypeError):
-        raise ValueError(f"{path} holds no painter, so an earlier version wrote it; train it anew") from None
+        raise maskgit.InputError(f"{path} holds no painter, so an earlier version wrote it; train it anew") from None
     return checkpoint | {"painter": painter}
 
 
@@ -895,11 +899,11 @@ def require_free(files, pairs, overwrite):
     given = {file.resolve() for pair in pairs for file in pair}
     for file, count in collections.Counter(files).items():
         if count > 1:
-            raise ValueError(f"two pictures would become {file}; fill their folders one at a time")
+            raise maskgit.InputError(f"two pictures would become {file}; fill their folders one at a time")
         if file.resolve() in given:
-            raise ValueError(f"{file} is read from and would be written to; --out renames")
+            raise maskgit.InputError(f"{file} is read from and would be written to; --out renames")
         if file.exists() and not overwrite:
-            raise ValueError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
+            raise maskgit.InputError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
 
 
 def examine(pairs, invert, way):
@@ -917,7 +921,7 @@ def require_results(files, digest):
     """ValueError if one of the files is there, but not a result of what has that digest."""
     for file in files:
         if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
-            raise ValueError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
+            raise maskgit.InputError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
 
 
 def write_results(results, image, hole, filled, digest):
@@ -982,30 +986,37 @@ def command_line(description, recipe, filling, out, fills):
     a recipe and a filling."""
     parser = maskgit.CommandLine(description)
     parser.add_argument("--preset", choices=PRESETS, help="R1 and R2's sizes, optimiser and loss")
-    maskgit.add_run_flags(parser, "runs/filled" if any(map(maskgit.value_of, fills)) else out)
+    maskgit.add_run_flags(parser, out)
     add = parser.add_argument_group("files to fill, instead of a training").add_argument
-    add("--checkpoint", type=maskgit.named, help="fill by this model")
-    add("--images", type=maskgit.named, help="folder of pictures, or one file")
-    add("--masks", type=maskgit.named, help="of their masks, of the same names or numbers; or one file for all")
+    add("--checkpoint", type=Path, help="fill by this model")
+    add("--images", type=Path, help="folder of pictures, or one file")
+    add("--masks", type=Path, help="of their masks, of the same names or numbers; or one file for all")
     add("--invert-masks", action="store_true", help="white is the hole, not black")
     add("--whole", action="store_true", help="decode the visible pixels, too, as the reports do")
     add("--samples", type=maskgit.at_least(1), default=1, help="different results for each picture")
     add = parser.add_argument_group("pictures and scores of a training").add_argument
-    add("--data", type=maskgit.named, help="folder of pictures; if it is not given, cartoon cats")
+    add("--data", type=Path, help="folder of pictures; if it is not given, cartoon cats")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=maskgit.at_least(1), default=1, help="draws behind each row of the table")
     maskgit.add_flags(parser, type(filling), **asdict(filling))
-    maskgit.add_flags(parser, recipe, **DEFAULTS | PRESETS.get(maskgit.value_of("--preset"), {}))
-    return parser
+    maskgit.add_flags(parser, recipe, **DEFAULTS)
+
+    def defaults_of(given):
+        out = {"out": Path("runs/filled")} if any(getattr(given, name) for name in fills) else {}
+        return out | PRESETS.get(given.preset, {})
+
+    arguments = parser.parse_with(defaults_of)
+    return parser, arguments
 
 
 FILES = {"checkpoint", "vqgan", "transformer", "images", "masks", "invert_masks", "whole", "samples"}
 EITHER = {"out", "resume", "force", "device", "seed"} | set(asdict(Filling()))
 
 
-def require_flags(parser, fills):
+def require_flags(parser, arguments, fills):
     """Refuse flags that would be ignored."""
-    ignored = parser.given() - EITHER - FILES if fills else parser.given() & {"invert_masks", "whole", "samples"}
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    ignored = given - EITHER - FILES if fills else given & {"invert_masks", "whole", "samples"}
     if ignored:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
         parser.error(f"{flags}: only for {'a training, not for' if fills else 'filling files, not for a training'}")
@@ -1013,19 +1024,18 @@ def require_flags(parser, fills):
 
 def parse_arguments():
     """The command line, with the recipe and the filling in it."""
-    parser = command_line(__doc__, Inpainting, Filling(), "runs/inpaint", ["--checkpoint"])
-    arguments = parser.parse_args()
+    parser, arguments = command_line(__doc__, Inpainting, Filling(), "runs/inpaint", ["checkpoint"])
     given = [arguments.checkpoint, arguments.images, arguments.masks]
     if any(given) and not all(given):
         parser.error("--checkpoint fills --images by their --masks: name all three")
-    require_flags(parser, bool(arguments.checkpoint))
+    require_flags(parser, arguments, bool(arguments.checkpoint))
     return arguments, maskgit.settings_from(arguments, Inpainting), maskgit.settings_from(arguments, Filling)
 
 
 def train_and_score(record, arguments, recipe, filling, tokenizer=None):
     """A whole run, with a tokenizer at hand that paints, too, with those of the run which is resumed, or new ones."""
     device = maskgit.open_run(arguments)
-    recipe = recipe.on(device)
+    recipe = recipe.for_device(device)
     out = arguments.out
     started = time.monotonic()
     painter = tokenizer

@@ -6,13 +6,16 @@ until none is left. In the order in which data flows: tokens, positions, transfo
 then what only the scripts need.
 
 Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are bool with True = hidden, coordinates are
-(x, y). Sources: "paper" is Chang et al., MaskGIT, CVPR 2022; S1 and S2 are the two blog posts on squares and
-rectangles; R1 and R2 the two course reports on photographs.
+(x, y). Sources, by their short names:
+    paper    Chang et al., MaskGIT: Masked Generative Image Transformer, CVPR 2022
+    S1, S2   two blog posts of 2022, "Using BeRT for inpainting squares" and its Part 2 (squares, then rectangles)
+    R1, R2   two students' reports of a course's lab on MaskGIT for image inpainting (photographs of cats)
 """
 
 import contextlib
 import copy
-import itertools
+import csv
+import io
 import math
 import os
 import sys
@@ -20,12 +23,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, get_args, get_origin
-
-# How often a thread that waits for another looks again before it sleeps. As torch has it, 300,000 times, which beside
-# other work costs a third of the time. It is read when torch is imported, so the scripts import this file before that.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,24 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 
+class InputError(ValueError):
+    """Bad input, named in one line with its remedy. Scripts print that line alone; other errors are bugs."""
+
+
 def require_choice(what, value, choices):
-    """ValueError unless the value is one of the choices."""
+    """InputError unless the value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")
-
-
-def plain(value, name):
-    """A value of plain Python, as a checkpoint can hold it: numbers of numpy and of tensors become Python's. ValueError
-    if there is none."""
-    if isinstance(value, dict):
-        return {plain(key, name): plain(each, f"{name}'s {key}") for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(plain(each, name) for each in value)
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise ValueError(f"{name} is {value!r} of {type(value)}, which a checkpoint cannot hold")
-    return value
+        raise InputError(f"unknown {what} {value!r}; choose from {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -63,7 +51,6 @@ class KMeansResult(NamedTuple):
     centroids: np.ndarray  # (k, D) float32
     labels: np.ndarray  # (N,) int64: the nearest centroid of each point
     inertia: float  # sum of the squared distances to it
-    iterations: int
 
 
 def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
@@ -71,25 +58,18 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
 
     A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the mean
     variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start. A seed
-    repeats its result for the same number of threads, by which sums are rounded. ValueError on points that are not
+    repeats its result for the same number of threads, by which sums are rounded. InputError on points that are not
     finite, and on fewer than k distinct ones.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
-        raise ValueError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
-    if min(k, restarts, max_iter) < 1:
-        raise ValueError(f"kmeans needs k, restarts and max_iter of at least 1, not {k}, {restarts}, {max_iter}")
-    distinct = set()
-    for start in range(0, len(points), 4096):  # no more of them than it takes
-        distinct.update(map(bytes, points[start : start + 4096] + 0.0))  # -0.0 becomes 0.0
-        if len(distinct) >= k:
-            break
-    else:
-        found = f"only {len(distinct)} of the {len(points)} points are distinct"
-        raise ValueError(f"{k} clusters asked for, but {found}")
+        raise InputError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
+    distinct = len(set(map(bytes, points + 0.0)))  # -0.0 becomes 0.0
+    if distinct < k:
+        raise InputError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
-            raise ValueError(f"init has shape {np.shape(init)}; {k} of these points have {(k, points.shape[1])}")
+            raise InputError(f"init has shape {np.shape(init)}; {k} of these points have {(k, points.shape[1])}")
         return lloyd(points, np.array(init, dtype=np.float32), max_iter, tol)
     rng = np.random.default_rng(seed)
     runs = [lloyd(points, plus_plus(points, k, rng), max_iter, tol) for _ in range(restarts)]
@@ -117,28 +97,27 @@ def lloyd(points, centroids, max_iter, tol):
     k = len(centroids)
     enough = tol * points.var(axis=0, dtype=np.float64).mean()
     labels = nearest_centroid(points, centroids)
-    sums = cluster_sums(points, labels, k)
-    for iteration in range(1, max_iter + 1):  # noqa: B007
+    for _ in range(max_iter):
         counts = np.bincount(labels, minlength=k)
+        sums = np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)  # (k, D) float64
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
-            moved[empty] = points[squared_distances(points, centroids, labels).argsort()[-len(empty) :]]
+            farthest = squared_distances(points, centroids, labels).argsort()[-len(empty) :]
+            moved[empty] = points[farthest]
         shift = np.square(moved - centroids).sum()
         centroids = moved
-        before = labels
         labels = nearest_centroid(points, centroids)
-        changed = labels != before
-        sums += cluster_sums(points[changed], labels[changed], k) - cluster_sums(points[changed], before[changed], k)
         if shift <= enough:
             break
-    return KMeansResult(centroids, labels, float(squared_distances(points, centroids, labels).sum()), iteration)
+    return KMeansResult(centroids, labels, float(squared_distances(points, centroids, labels).sum()))
 
 
 def nearest_centroid(points, centroids, block=1024):
     """The index of the centroid (k, D) nearest to each point (N, D): (N,) int64."""
-    # |x - c|^2 is |x|^2, the same for all centroids, plus (x, 1) . (-2 c, |c|^2): one product and one argmin for
-    # each block of points. Measured from the centroids' mean, the squares stay small and lose few digits.
+    # |x - c|^2 is |x|^2, the same for all centroids, plus |c|^2 - 2 c . x. Each point gets a 1 as its last number and
+    # each centroid -2 c and |c|^2, so that one product gives these sums for a block of points. Measured from the
+    # centroids' mean, the squares stay small and lose few digits.
     origin = centroids.mean(axis=0)
     centred = centroids - origin
     weights = np.vstack([-2 * centred.T, np.square(centred).sum(axis=1)])  # (D + 1, k)
@@ -151,14 +130,12 @@ def nearest_centroid(points, centroids, block=1024):
     return labels
 
 
-def cluster_sums(points, labels, k):
-    """The sum of each cluster's points (N, D): (k, D) float64."""
-    return np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)
-
-
 def squared_distances(points, centroids, labels):
     """Of each point (N, D) to the centroid that its label names: (N,) float64; axis by axis, to save memory."""
     return sum(np.square(x - c[labels], dtype=np.float64) for x, c in zip(points.T, centroids.T, strict=True))
+
+
+VALUES_AT_ONCE = 2**22  # of images that are encoded together, so that memory does not grow with their number
 
 
 class PatchTokenizer:
@@ -173,7 +150,7 @@ class PatchTokenizer:
         self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
         if rest or not 1 <= self.stride <= patch:
             numbers = f"centroids of {self.centroids.shape[1]} numbers"
-            raise ValueError(f"{numbers} are no patches of side {patch}, or stride {self.stride} is not 1 to {patch}")
+            raise InputError(f"{numbers} are no patches of side {patch}, or stride {self.stride} is not 1 to {patch}")
 
     @classmethod
     def fit(cls, images, codes, patch, stride=None, seed=0, **options):
@@ -186,10 +163,10 @@ class PatchTokenizer:
         return nearest_centroid(patches.reshape(-1, patches.shape[-1]), self.centroids).reshape(patches.shape[:-1])
 
     def encode(self, images):
-        """Images (B, H, W, C) -> tokens (B, h, w), a few images at a time: memory does not grow with B."""
+        """Images (B, H, W, C) -> tokens (B, h, w)."""
         if images.shape[-1] != self.channels:
-            raise ValueError(f"images have {images.shape[-1]} channels, the tokenizer was made for {self.channels}")
-        at_once = max(1, 2**22 // images[0].size)
+            raise InputError(f"images have {images.shape[-1]} channels, the tokenizer was made for {self.channels}")
+        at_once = max(1, VALUES_AT_ONCE // images[0].size)
         parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
         return np.concatenate([self.nearest(image_patches(part, self.patch, self.stride)) for part in parts])
 
@@ -202,7 +179,7 @@ def image_patches(images, patch, stride):
     """All patches of images (B, H, W, C), each flattened row by row: (B, h, w, patch * patch * C)."""
     b, height, width, channels = images.shape
     if min(height, width) < patch or (height - patch) % stride or (width - patch) % stride:
-        raise ValueError(f"images of {width}x{height} are not covered by patches of {patch} every {stride} pixels")
+        raise InputError(f"images of {width}x{height} are not covered by patches of {patch} every {stride} pixels")
     windows = np.lib.stride_tricks.sliding_window_view(images, (patch, patch), axis=(1, 2))[:, ::stride, ::stride]
     return windows.transpose(0, 1, 2, 4, 5, 3).reshape(b, *windows.shape[1:3], patch * patch * channels)
 
@@ -210,12 +187,14 @@ def image_patches(images, patch, stride):
 def stitch_patches(patches, patch, stride):
     """Images (B, H, W, C) of such patches (B, h, w, patch * patch * C): their mean where they overlap."""
     b, h, w, size = patches.shape
-    height, width = ((n - 1) * stride + patch for n in (h, w))
+    height = (h - 1) * stride + patch
+    width = (w - 1) * stride + patch
     pixels = patches.reshape(b, h, w, patch, patch, size // patch**2)
     total = np.zeros((b, height, width, pixels.shape[-1]), dtype=np.float32)
     count = np.zeros((height, width, 1), dtype=np.float32)
-    for y, x in np.ndindex(patch, patch):
-        rows, columns = (slice(i, i + (n - 1) * stride + 1, stride) for i, n in ((y, h), (x, w)))
+    for y, x in np.ndindex(patch, patch):  # one pixel of all patches at once
+        rows = slice(y, y + (h - 1) * stride + 1, stride)
+        columns = slice(x, x + (w - 1) * stride + 1, stride)
         total[:, rows, columns] += pixels[:, :, :, y, x]
         count[rows, columns] += 1
     return total / count
@@ -224,7 +203,7 @@ def stitch_patches(patches, patch, stride):
 # ---------------------------------------------------------------------------------------------------
 # Positions
 
-LAYOUTS = ("split", "printed")
+LAYOUTS = ("split", "printed")  # of position_encoding: ours, and S1's formula as it is printed there
 
 
 def grid_coords(height, width):
@@ -237,14 +216,18 @@ def position_encoding(coords, dim, layout="split"):
     """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32, with dim divisible by 4. The first half of
     the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
 
-    layout="split" gives each axis all frequencies from 1 to 1/10000 rad per unit. "printed" is S1's formula as typed:
-    dimension i has 10000^(-i / dim) on both axes, so y only gets those below 0.01 and its rows look nearly alike.
+    layout="split" gives each axis all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula,
+    "printed", dimension i has 10000^(-i / dim) on both axes, so y has only those below 0.01: rows look alike.
     """
     if dim % 4:
-        raise ValueError(f"position_encoding needs a dim divisible by 4, not {dim}")
+        raise InputError(f"position_encoding needs a dim divisible by 4, not {dim}")
     require_choice("position layout", layout, LAYOUTS)
     index = torch.arange(dim, device=coords.device)
-    exponent = index / dim if layout == "printed" else index % (dim // 2) // 2 * 2 / (dim / 2)
+    if layout == "printed":
+        exponent = index / dim
+    else:
+        pair = index % (dim // 2) // 2  # of a sine and a cosine, counted from 0 on each axis
+        exponent = pair * 2 / (dim / 2)
     values = coords.float().repeat_interleave(dim // 2, dim=-1)  # (..., dim): x ... x, y ... y
     angles = values * 10000.0**-exponent
     return torch.where(index % 2 == 0, angles.sin(), angles.cos())
@@ -253,10 +236,10 @@ def position_encoding(coords, dim, layout="split"):
 def rotary_angles(coords, dim):
     """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2), dim
     divisible by 4. The product of a query and a key, each turned by its position's, depends on the difference of the
-    positions alone (Su et al., RoFormer, 2021). Half of the pairs follow x, the others y, at frequencies from pi, which
-    turns neighbouring cells against each other, to pi / 100 rad per unit."""
+    positions alone (Su et al., RoFormer, 2021). Half of the pairs follow x, the others y, at dim / 4 frequencies from
+    pi, half a turn per cell, down to pi / 100^(1 - 4 / dim) rad per unit."""
     if dim % 4:
-        raise ValueError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
+        raise InputError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
     pairs = dim // 4
     frequency = math.pi * 100 ** -(torch.arange(pairs, device=coords.device) / pairs)
     return (coords.float()[..., None] * frequency).flatten(-2)  # (..., dim / 2): x ... x, y ... y
@@ -270,7 +253,7 @@ HEADS = ("linear", "tied", "cosine")
 
 
 def turn(x, angles):
-    """Turn the pairs (x[i], x[i + d / 2]) of heads' vectors (..., B, heads, T, d) by angles (1 or B, 1, T, d / 2)."""
+    """Turn the pairs (x[i], x[i + d / 2]) of heads' vectors (B, heads, T, d) by angles ([B,] 1, T, d / 2)."""
     cos = angles.cos().to(x.dtype)
     sin = angles.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -278,12 +261,12 @@ def turn(x, angles):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, not causal: (B, T, D) -> (B, T, D); rotary by angles (1 or B, 1, T, d / 2)."""
+    """Multi-head self-attention, not causal: (B, T, D) -> (B, T, D); rotary by angles ([B,] 1, T, d / 2)."""
 
     def __init__(self, dim, heads):
         super().__init__()
         if dim % heads:
-            raise ValueError(f"dim {dim} is not divisible by {heads} heads")
+            raise InputError(f"dim {dim} is not divisible by {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -291,12 +274,12 @@ class Attention(nn.Module):
     def forward(self, x, angles=None):
         b, t, d = x.shape
         qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, T, D / heads)
-        query, key, value = qkv
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
         if angles is not None:
-            query, key = turn(qkv[:2], angles)
+            query = turn(query, angles)
+            key = turn(key, angles)
         if query.is_cpu and query.requires_grad and query.dtype == torch.bfloat16:
-            # By its definition: on a CPU the fused kernel is slow to differentiate in bf16.
+            # By its definition: on a CPU the backward pass of scaled_dot_product_attention is slow in bf16.
             x = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         else:
             x = F.scaled_dot_product_attention(query, key, value)
@@ -341,14 +324,15 @@ class MaskGIT(nn.Module):
         rotary=True, learn_temperature=False,
     ):  # fmt: skip
         super().__init__()
-        hidden = hidden or 4 * dim
         require_choice("norm", norm, NORMS)
         require_choice("head", head, HEADS)
         if learn_temperature and head != "cosine":
-            raise ValueError(f"learn_temperature belongs to the cosine head, not to {head!r}")
-        self.config = dict(codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout, norm=norm)
-        self.config |= dict(head=head, positions=positions, rotary=rotary, learn_temperature=learn_temperature)
-        self.config = plain(self.config, "the model")
+            raise InputError(f"learn_temperature belongs to the cosine head, not to {head!r}")
+        hidden = hidden or 4 * dim
+        self.config = dict(
+            codes=codes, dim=dim, heads=heads, layers=layers, hidden=hidden, dropout=dropout, norm=norm, head=head,
+            positions=positions, rotary=rotary, learn_temperature=learn_temperature,
+        )  # fmt: skip
         self.mask_id = codes
         self.embedding = nn.Embedding(codes + 1, dim)
         # Rows of length about 1 keep the tied head's first logits small; forward() scales them up again to the size of
@@ -370,8 +354,7 @@ class MaskGIT(nn.Module):
         x = x + positions.to(x.dtype)
         angles = None
         if self.config["rotary"]:
-            angles = rotary_angles(coords, dim // self.config["heads"])  # (T, d / 2) or (B, T, d / 2)
-            angles = angles[:, None] if angles.ndim == 3 else angles[None, None]
+            angles = rotary_angles(coords, dim // self.config["heads"]).unsqueeze(-3)  # the same for all heads
         for block in self.blocks:
             x = block(x, angles)
         x = self.to_logits(self.last_norm(x))
@@ -388,7 +371,7 @@ class MaskGIT(nn.Module):
 # Masking
 
 # gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1, gamma(1) = 0. Takes
-# and returns floats or numpy arrays. The paper compares all but arccos and log; R1 and R2 use the first three.
+# and returns floats or numpy arrays. R1 and R2 use the first three; the paper compares these with cubic, sqrt and exp.
 SCHEDULES = {
     "cosine": lambda r: np.cos(r * (math.pi / 2)),
     "linear": lambda r: 1 - r,
@@ -400,8 +383,8 @@ SCHEDULES = {
     "exp": lambda r: (math.e - np.exp(r)) / (math.e - 1),
 }
 
-
-ROUNDING = 1e-9  # by so much a product may miss the whole number that it is: 0.55 * 100 is 55.00000000000001
+# In floats 0.55 * 100 is 55.00000000000001, and rounded up 56: a product may miss the whole number that it is by this.
+ROUNDING = 1e-9
 
 
 def random_mask(shape, ratio, generator=None):
@@ -410,52 +393,16 @@ def random_mask(shape, ratio, generator=None):
     rows, tokens = shape
     ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
-        raise ValueError("the share of hidden tokens must lie between 0 and 1")
+        raise InputError("the share of hidden tokens must lie between 0 and 1")
     count = (ratio * tokens - ROUNDING).ceil().long().clamp(min=1)
     device = generator.device if generator is not None else "cpu"
+    # The ranks of random numbers are a random permutation: argsort says which number comes at each rank, argsort of
+    # that the rank of each number.
     rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
     return rank < count[:, None].to(device)
 
 
-def training_mask(shape, kind, generator=None, coords=None):
-    """Random hidden tokens of a kind, at least one in each row: bool, of shape (B, T). A kind is
-    a name of SCHEDULES    the share gamma(r) of each row, with r uniform (paper);
-    a share, or "single"   such as "0.2" of the tokens, or one of them (S2);
-    "box", "half"          of tokens at coords (T, 2) or (B, T, 2), those in the box that two of them span, or those
-                           beyond the middle on one of four sides;
-    several of these       such as "0.2+cosine", which share the rows."""
-    rows, tokens = shape
-    kinds = mask_kinds(kind)
-    if len(kinds) > 1:
-        masks = []
-        for part, each in zip(torch.arange(rows).tensor_split(len(kinds)), kinds, strict=True):
-            at = coords if coords is None or coords.ndim == 2 else coords[part]
-            masks.append(training_mask((len(part), tokens), each, generator, at))
-        return torch.cat(masks)
-    if kind in HOLES:
-        if coords is None:
-            raise ValueError(f"the mask {kind!r} needs the coordinates of the tokens")
-        return HOLES[kind](coords.expand(*shape, 2), generator)
-    if kind in SCHEDULES:
-        # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
-        r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
-        return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
-    return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
-
-
-def mask_kinds(kind):
-    """The parts of a kind of training_mask; ValueError if one of them is none."""
-    kinds = kind.split("+")
-    for each in kinds:
-        known = each == "single" or each in HOLES or each in SCHEDULES
-        with contextlib.suppress(ValueError):
-            known = known or 0 <= float(each) <= 1
-        if not known:
-            raise ValueError(f"{each!r} is no mask: choose single, a share, box, half, or {', '.join(SCHEDULES)}")
-    return kinds
-
-
-def random_box(coords, generator):
+def random_box(coords, generator=None):
     """The tokens at coords (B, T, 2) in the box that two of them span: (B, T)."""
     rows, tokens, _ = coords.shape
     corners = torch.randint(tokens, (rows, 2, 1), generator=generator).expand(-1, -1, 2)
@@ -463,7 +410,7 @@ def random_box(coords, generator):
     return ((low <= coords) & (coords <= high)).all(dim=-1)
 
 
-def random_half(coords, generator):
+def random_half(coords, generator=None):
     """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, and where all
     tokens are in one place it is all of them."""
     rows, tokens, _ = coords.shape
@@ -471,12 +418,47 @@ def random_half(coords, generator):
     beyond = coords - (low + high) / 2
     sides = torch.cat([beyond, -beyond], dim=-1) > 0  # (B, T, 4): right, below, left, above
     side = torch.randint(4, (rows, 1, 1), generator=generator).expand(-1, tokens, -1)
-    half, across = (sides.gather(2, which)[..., 0] for which in (side, (side + 1) % 4))
+    half = sides.gather(2, side)[..., 0]
+    across = sides.gather(2, (side + 1) % 4)[..., 0]  # the next side, for tokens that lie on a line along this one
     half = torch.where(half.any(dim=1, keepdim=True), half, across)
     return half | ~half.any(dim=1, keepdim=True)
 
 
-HOLES = {"box": random_box, "half": random_half}
+REGIONS = {"box": random_box, "half": random_half}
+
+
+def training_mask(shape, kind, generator=None, coords=None):
+    """Random hidden tokens, at least one in each row: bool, of shape (B, T). A kind is one of these, or several joined
+    by +, such as "0.2+cosine", which share the rows:
+    - a name of SCHEDULES: the share gamma(r) of each row, with r uniform (paper);
+    - a share, such as "0.2" of the tokens, or "single": one of them (S2);
+    - "box": of tokens at coords (T, 2) or (B, T, 2) those in the box that two of them span;
+    - "half": those beyond the middle on one of four sides."""
+    kinds = kind.split("+")
+    masks = []
+    for part, each in zip(torch.arange(shape[0]).tensor_split(len(kinds)), kinds, strict=True):
+        at = coords if coords is None or coords.ndim == 2 else coords[part]
+        masks.append(mask_of_kind((len(part), shape[1]), each, generator, at))
+    return torch.cat(masks)
+
+
+def mask_of_kind(shape, kind, generator, coords):
+    """Likewise, of a single kind; InputError if it is none."""
+    rows = shape[0]
+    if kind in REGIONS:
+        if coords is None:
+            raise InputError(f"the mask {kind!r} needs the coordinates of the tokens")
+        return REGIONS[kind](coords.expand(*shape, 2), generator)
+    if kind in SCHEDULES:
+        # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
+        r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
+        return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
+    try:
+        share = 0.0 if kind == "single" else float(kind)
+        return random_mask(shape, share, generator)
+    except ValueError:
+        known = f"single, a share, {', '.join([*REGIONS, *SCHEDULES])}"
+        raise InputError(f"{kind!r} is no mask: choose {known}") from None
 
 
 def masked_cross_entropy(logits, targets, mask, *, count=None):
@@ -495,19 +477,19 @@ class Step(NamedTuple):
     """What is known in a step of decode, of the n tokens that are still hidden and of the step."""
 
     log_probs: torch.Tensor  # (n, K): the model's, evidence and temperature included
-    tokens: torch.Tensor | None  # (n,): the token drawn for each; None before they are drawn
-    image: torch.Tensor  # (n,): its image, 0 .. B-1, ascending
+    row: torch.Tensor  # (n,): the row of its image in the batch, 0 .. B-1, ascending
     place: torch.Tensor  # (n,): which of the image's T tokens it is
     coords: torch.Tensor  # (B, T, 2): of all tokens
     left: torch.Tensor  # (B,): how many tokens of each image the schedule leaves hidden after the step
     step: int  # 1 .. steps
     steps: int
     generator: torch.Generator | None
-    memory: dict  # whatever an order keeps for its next steps; empty at first
+    tokens: torch.Tensor | None = None  # (n,): the token drawn for each; only orders see them, since samples draw them
 
 
 def categorical(state):
     """A token each, drawn from its probabilities (R2): (n,)."""
+    # As torch.multinomial does, which is many times slower on a CPU.
     cumulative = state.log_probs.exp().cumsum(dim=-1)  # (n, K)
     uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
@@ -521,8 +503,8 @@ def likeliest(state):
 
 SAMPLES = {"categorical": categorical, "argmax": likeliest}
 
-# An order is a function of a Step that says which of its tokens are committed now: by priorities, float (n,), of which
-# the schedule takes the highest; or at its own pace, by a bool (n,).
+# An order is a function of a Step that says which of its tokens are committed now. If it returns priorities, float
+# (n,), the schedule says how many, and takes the highest. One that knows itself how many returns a bool (n,).
 
 
 def by_confidence(state, choice_temperature=4.5, log_probability=False):
@@ -539,18 +521,27 @@ def at_random(state):
     return torch.rand(state.place.shape, generator=state.generator, device=state.place.device)
 
 
+def all_but_lowest(priority, row, left):
+    """All tokens but the `left` (B,) ones of lowest priority (n,) in each image; row (n,), ascending: bool (n,)."""
+    ascending = priority.argsort(stable=True)
+    ascending = ascending[row[ascending].argsort(stable=True)]  # image by image
+    rank = ascending.argsort() - torch.searchsorted(row, row)  # less its image's first one: from 0 in each image
+    return rank >= left[row]
+
+
 def by_entropy(state, budget=0.001):
     """At its own pace: the most uncertain token and, with it, the most certain ones, as many as have entropies that add
     up to `budget` nats, and more where the schedule asks for it. Tokens committed together are drawn as if independent,
     which costs at most the sum of their entropies but the largest: so the most uncertain one is free."""
     entropy = torch.special.entr(state.log_probs.exp()).sum(dim=-1)  # (n,)
-    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.image, state.place), entropy)  # (B, T)
-    ascending, place = of_image.sort(dim=1, stable=True)
+    # As a table of all tokens of each image, (B, T). Visible ones have 0, and cost nothing.
+    table = entropy.new_zeros(state.coords.shape[:2]).index_put((state.row, state.place), entropy)
+    ascending, place = table.sort(dim=1, stable=True)
     unpaid = (ascending.cumsum(dim=1) > budget).sum(dim=1)  # (B,): tokens that the budget does not reach
-    most_uncertain = state.place == place[state.image, -1]
+    most_uncertain = state.place == place[state.row, -1]
     priority = (-entropy).masked_fill(most_uncertain, math.inf)
     left = (unpaid - 1).clamp(min=0)  # all of them but the most uncertain one
-    return all_but_lowest(priority, state.image, state.left.minimum(left))
+    return all_but_lowest(priority, state.row, state.left.minimum(left))
 
 
 ORDERS = {"confidence": by_confidence, "random": at_random, "entropy": by_entropy}
@@ -564,15 +555,16 @@ def decode(
     """Fill in the hidden tokens, several per step, each step seeing all that is committed so far.
 
     model       MaskGIT in eval mode, or any callable (tokens (b, T), coords) -> logits (b, T, K) with a `mask_id`.
+                It is given the b images that have hidden tokens left, not always all B.
     tokens      (B, T) integers; what stands where mask is True is ignored.
     mask        (B, T) bool, True = hidden. All True generates from nothing.
     coords      (T, 2), or (B, T, 2).
-    steps       T: the number of network calls, or the most of them for an order with its own pace.
+    steps       T: the most network calls; fewer for an order with its own pace, or once no token is hidden.
     schedule    a name of SCHEDULES, or such a function: how many tokens are still hidden after each step.
     order       a name of ORDERS, or such a function: which tokens are committed next.
     sample      a name of SAMPLES ("categorical" is R2's, "argmax" R1's), or such a function: which token each becomes.
     temperature divides the logits.
-    stop_after  commit all that is left after this many steps (the reports' sweet spot).
+    stop_after  a step in which all that is left is committed, whatever the schedule (the reports' sweet spot).
     evidence    (B, T, K), added to the logits: the log-likelihood of what else is known of each token.
     generator   a torch.Generator on the tokens' device; the same one gives the same tokens.
     trace       a list; each step appends (tokens, mask) as they stand after it, (B, T) both.
@@ -581,108 +573,91 @@ def decode(
     i has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i is its own number at the
     start; by an order with its own pace any number that is smaller than before. After the last step none is left.
     """
-    gamma = SCHEDULES.get(schedule, schedule)
-    order = ORDERS.get(order, order)
-    sample = SAMPLES.get(sample, sample)
-    check_decode_arguments(model, tokens, mask, coords, steps, gamma, order, sample, temperature, stop_after)
+    gamma = function_of("schedule", schedule, SCHEDULES)
+    order = function_of("order", order, ORDERS)
+    sample = function_of("sample", sample, SAMPLES)
+    last_step = steps if stop_after is None else min(steps, stop_after)
+    if last_step < 1 or temperature <= 0:
+        raise InputError("decode needs steps and stop_after of at least 1, and a temperature above 0")
+    if getattr(model, "training", False):
+        raise InputError("decode needs a model without dropout: call model.eval() first")
+    check_mask(tokens, mask)
+    check_tokens(tokens[~mask], model.mask_id)
     tokens = tokens.long().masked_fill(mask, model.mask_id)
     hidden = mask.clone()
     at_start = hidden.sum(dim=1).tolist()  # B numbers
-    last_step = min(steps, stop_after or steps)
-    memory = {}
+    all_coords = coords.expand(*tokens.shape, 2)
     for t in range(1, last_step + 1):
         rows = hidden.any(dim=1).nonzero()[:, 0]  # the b images that are not finished
         if not len(rows):
             break
-        image, place, logits = hidden_logits(model, tokens, hidden, rows, coords)
+        logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])
+        if logits.shape != (*tokens[rows].shape, model.mask_id):
+            raise InputError(
+                f"the model's logits are {tuple(logits.shape)}, not (b, T, {model.mask_id}): [MASK] has none"
+            )
+        row, place = hidden.nonzero(as_tuple=True)  # of the n hidden tokens
+        logits = logits[hidden[rows]].float()  # (n, K)
         if evidence is not None:
-            logits = logits + evidence[image, place]
+            logits = logits + evidence[row, place]
         log_probs = (logits / temperature).log_softmax(dim=-1)
         if log_probs.isnan().any():
-            raise ValueError("the model's logits are no numbers")
-        had = hidden.sum(dim=1)
+            raise InputError("the model's logits are no numbers")
+        had = hidden.sum(dim=1)  # (B,)
         share = float(gamma(t / steps)) if t < last_step else 0.0
-        scheduled = [math.floor(share * count + ROUNDING) for count in at_start]
-        left = torch.tensor(scheduled, device=had.device).minimum(had - 1).clamp(min=0)
-        all_coords = coords.expand(*tokens.shape, 2)
-        state = Step(log_probs, None, image, place, all_coords, left, t, steps, generator, memory)
+        scheduled = torch.tensor([math.floor(share * count + ROUNDING) for count in at_start], device=had.device)
+        left = scheduled.minimum(had - 1).clamp(min=0)
+        state = Step(log_probs, row, place, all_coords, left, t, steps, generator)
         drawn = sample(state)
         choice = order(state._replace(tokens=drawn))
         check_choice(drawn, choice, place, model.mask_id)
         if choice.dtype == torch.bool:
-            commits = at_own_pace(choice, log_probs, image, had) | (t == last_step)
+            commits = at_own_pace(choice, log_probs, row, had) | (t == last_step)
         else:
-            commits = all_but_lowest(choice, image, left)
-        tokens[image, place] = drawn.masked_fill(~commits, model.mask_id)
-        hidden[image, place] = ~commits
+            commits = all_but_lowest(choice, row, left)
+        tokens[row, place] = drawn.masked_fill(~commits, model.mask_id)
+        hidden[row, place] = ~commits
         if trace is not None:
             trace.append((tokens.clone(), hidden.clone()))
     return tokens
 
 
-def check_decode_arguments(model, tokens, mask, coords, steps, gamma, order, sample, temperature, stop_after):
-    named = {"schedule": (gamma, SCHEDULES), "order": (order, ORDERS), "sample": (sample, SAMPLES)}
-    for name, (function, choices) in named.items():
-        if not callable(function):
-            require_choice(name, function, choices)
-    if steps < 1 or (stop_after is not None and stop_after < 1):
-        raise ValueError("decode needs steps and stop_after of at least 1")
-    if temperature <= 0:
-        raise ValueError('decode needs a temperature above 0; for the likeliest token use sample="argmax"')
-    check_mask(tokens, mask)
-    check_tokens(tokens[~mask], model.mask_id)
-    if tuple(coords.shape) not in ((tokens.shape[1], 2), (*tokens.shape, 2)):
-        raise ValueError(f"coords are {tuple(coords.shape)}, not (T, 2) or (B, T, 2) of tokens {tuple(tokens.shape)}")
-    if getattr(model, "training", False):
-        raise ValueError("decode needs a model without dropout: call model.eval() first")
+def function_of(what, choice, functions):
+    """The choice itself if it is a function, or else the one of that name."""
+    if callable(choice):
+        return choice
+    require_choice(what, choice, functions)
+    return functions[choice]
 
 
 def check_mask(tokens, mask):
     if tokens.shape != mask.shape or mask.dtype != torch.bool:
-        raise ValueError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
+        raise InputError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
 
 
 def check_tokens(tokens, codes):
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"tokens are integers, not {tokens.dtype}")
-    tokens = tokens.long()  # a byte compares with 1024 as with 0
+        raise InputError(f"tokens are integers, not {tokens.dtype}")
+    tokens = tokens.long()  # beside uint8 the number 1024 would wrap round to 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
         span = f"{int(tokens.min())} .. {int(tokens.max())}"
-        raise ValueError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
-
-
-def hidden_logits(model, tokens, hidden, rows, coords):
-    """The n hidden tokens of the images `rows` (b,): image (n,), place (n,), and the model's logits (n, K)."""
-    row, place = hidden[rows].nonzero(as_tuple=True)
-    logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])  # (b, T, K)
-    if logits.shape != (*tokens[rows].shape, model.mask_id):
-        expected = (*tokens[rows].shape, model.mask_id)
-        raise ValueError(f"the model's logits are {tuple(logits.shape)}, not {expected}: [MASK] has none")
-    return rows[row], place, logits[row, place].float()
+        raise InputError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
 
 
 def check_choice(drawn, choice, place, codes):
     for name, returned in (("sample", drawn), ("order", choice)):
         if returned.shape != place.shape:
-            raise ValueError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
+            raise InputError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
     if bool(((drawn < 0) | (drawn >= codes)).any()):
-        raise ValueError(f"sample or order made a token that is none of the codes 0 .. {codes - 1}")
+        raise InputError(f"sample or order made a token that is none of the codes 0 .. {codes - 1}")
 
 
-def all_but_lowest(priority, image, left):
-    """All tokens but the `left` (B,) ones of lowest priority (n,) in each image (n,), ascending: bool (n,)."""
-    ascending = priority.argsort(stable=True)
-    ascending = ascending[image[ascending].argsort(stable=True)]  # image by image
-    rank = ascending.argsort() - torch.searchsorted(image, image)  # from 0 within each image
-    return rank >= left[image]
-
-
-def at_own_pace(choice, log_probs, image, had):
+def at_own_pace(choice, log_probs, row, had):
     """What an order's bool choice (n,) commits of the `had` (B,) hidden tokens of each image: bool (n,). Where it is
     none, the most certain one."""
-    chosen = torch.zeros_like(had).index_add(0, image, choice.long())  # (B,)
-    most_certain = all_but_lowest(log_probs.amax(dim=-1), image, had - 1)
-    return choice | (most_certain & (chosen[image] == 0))
+    chosen = torch.zeros_like(had).index_add(0, row, choice.long())  # (B,)
+    most_certain = all_but_lowest(log_probs.amax(dim=-1), row, had - 1)
+    return choice | (most_certain & (chosen[row] == 0))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -690,44 +665,45 @@ def at_own_pace(choice, log_probs, image, had):
 
 
 def setting(default, help, *, choices=None, low=None, below=None):
-    """A field of Settings: its default, what it is, and which values it may have. Scripts make a flag of each that has
-    a help text."""
-    return field(default=default, metadata=dict(help=help, check=dict(choices=choices, low=low, below=below)))
+    """A field of a dataclass of settings: its default, what it is, and which values it may have. Scripts make a flag of
+    each that has a help text."""
+    return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
+
+
+def check_settings(settings):
+    """Bring the values of such a dataclass to plain Python; InputError if one may not be."""
+    for each in fields(settings):
+        allowed = each.metadata
+        kind = type(each.default)
+        value = plain(getattr(settings, each.name), each.name)
+        object.__setattr__(settings, each.name, value)  # it is frozen for all others
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise InputError(f"{each.name} is {value!r}, not of type {kind.__name__}")
+        if allowed["choices"]:
+            require_choice(each.name, value, allowed["choices"])
+        low, below = allowed["low"], allowed["below"]
+        for number in value if kind is tuple else [value]:
+            if not (low is None or number >= low) or not (below is None or number < below):
+                span = f"at least {low}" + (f" and below {below}" if below else "")
+                raise InputError(f"{each.name} is {value}; it must be {span}")
+
+
+def plain(value, name):
+    """A value of plain Python, as a checkpoint can hold it: numbers of numpy and of tensors become Python's. InputError
+    if there is none."""
+    if isinstance(value, dict):
+        return {plain(key, name): plain(each, f"{name}'s {key}") for key, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(each, name) for each in value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise InputError(f"{name} is {value!r} of {type(value)}, which a checkpoint cannot hold")
+    return value
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Values with a name, checked where they are made. Subclasses have a setting() for each."""
-
-    def __post_init__(self):
-        for each in fields(self):
-            value = plain(getattr(self, each.name), each.name)
-            object.__setattr__(self, each.name, value)
-            kinds = get_args(each.type)  # of a tuple, or of what may be None
-            if get_origin(each.type) is not tuple:
-                value = () if value is None and type(None) in kinds else (value,)
-            elif not isinstance(value, tuple) or len(value) != len(kinds):
-                raise ValueError(f"{each.name} is {value!r}, not of type {each.type}")
-            for one in value:
-                check_setting(each.name, one, kind_of(each), **each.metadata["check"])
-
-
-def kind_of(each):
-    """int, float, str or bool: of a field of Settings, or of each of its values if it is a tuple."""
-    return (get_args(each.type) or (each.type,))[0]
-
-
-def check_setting(name, value, kind, choices, low, below):
-    if not isinstance(value, (int, float) if kind is float else kind):
-        raise ValueError(f"{name} is {value!r}, not of type {kind.__name__}")
-    if choices:
-        require_choice(name, value, choices)
-    if not (low is None or value >= low) or not (below is None or value < below):
-        raise ValueError(f"{name} is {value}; it must be at least {low}" + (f" and below {below}" if below else ""))
-
-
-@dataclass(frozen=True)
-class Recipe(Settings):
+class Recipe:
     """How to train: with the model and its batches all that decides the weights in the end."""
 
     steps: int = setting(1000, "updates of the weights", low=1)
@@ -740,25 +716,34 @@ class Recipe(Settings):
     weight_decay: float = setting(0.0, "of the blocks' matrices", low=0.0)
     warmup: int = setting(100, "steps in which the learning rate rises", low=0)
     decay: str = setting("linear", "of the learning rate after that, down to 0", choices=("linear", "constant"))
-    clip: float = setting(1.0, "largest norm of a gradient", low=0.0)
+    clip: float = setting(1.0, "largest norm of a gradient", low=1e-9)
     precision: str = setting("auto", "auto: bf16 where it is fast", choices=("auto", "float32", "bf16"))
-    compile: bool = setting(False, "torch.compile")
-    log_rows: int = setting(20, "rows of log.csv, each with a validation", low=1)
+    log_rows: int = setting(20, "about so many rows of log.csv, each with a validation", low=1)
 
-    def on(self, device):
+    def __post_init__(self):
+        check_settings(self)
+
+    def for_device(self, device):
         """The same, with the precision that "auto" means on a device."""
         return replace(self, precision=fast_precision(device)) if self.precision == "auto" else self
 
 
 def fast_precision(device):
     """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
-    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # torch has no public name for it
     return "bf16" if native else "float32"
 
 
+def precision_context(device, precision):
+    """Run what is inside in "float32", or in "bf16" by autocast; weights and loss stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 CHECKPOINT_SECONDS = 120  # between two checkpoints
+DROPOUT = 500  # parts the seeds of dropout from those of batches
 
 
 def train(
@@ -772,251 +757,95 @@ def train(
     process takes its share of the rows; recipe.accumulate parts are worked through one after another. The gradient is
     always that of the mean over all tokens of the batch that count.
 
-    out is a folder for log.csv, to whose rows validate(model) -> dict of numbers may add columns, and for model.pt,
+    out is a folder for log.csv, to whose rows validate(model) -> dict of numbers adds columns, and for model.pt,
     written every two minutes with the recipe, the tokenizer and `extra`, a dict of tensors. In the end the model is the
     last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe
-    are the same; force starts over where there is one. ValueError if the loss is no longer finite, if a batch hides
-    nothing, or if another run writes to the same out. However a run ends, the last checkpoint stays whole.
+    are the same; force starts over where there is one. InputError if the loss is no longer finite, or if a batch hides
+    nothing. However a run ends, the last checkpoint stays whole.
     """
     device = next(model.parameters()).device
+    recipe = recipe.for_device(device)
     rank, world = process_rank()
-    recipe = recipe.on(device)
-    network = model
-    model = unwrapped(model)
-    if best_by and not validate:
-        raise ValueError(f"without validate there is no {best_by!r} to choose the best model by")
-    run = Run(model, recipe, out, best_by)
+    network = model  # what is called: the model, in the wrapper of torch.compile or of several processes
+    model = getattr(model, "_orig_mod", model)
+    optimizers = make_optimizers(model, recipe)
+    state = dict(step=0, seconds=0.0, loss_sum=0.0, history=[])  # the sum of losses since the last row of history
+    best = None  # the model whose column `best_by` was the lowest
+    path = Path(out, "model.pt") if out else None
     if out:
         require_no_run(out, resume, force)
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
     if resume:
-        run.resume(device)
-    if recipe.compile and network is model:
-        network = torch.compile(model)
-    group = world > 1 and not in_group()
-    if group:
-        start_group(device)
+        best = resume_run(path, model, optimizers, state, recipe, best_by)
     if world > 1:
+        start_group(device)
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    started = time.monotonic() - state["seconds"]
+    saved = time.monotonic()
+    printed = saved, state["step"]
+    row_every = max(1, recipe.steps // recipe.log_rows)
     model.train()
-    while run.step < recipe.steps:
-        torch.manual_seed(step_seed(recipe.seed, run.step, rank))  # dropout, too, depends on the step alone
-        tokens, mask, coords = batch(run.step)
+    while state["step"] < recipe.steps:
+        torch.manual_seed(step_seed(recipe.seed, state["step"], DROPOUT + rank))
+        tokens, mask, coords = batch(state["step"])
         check_mask(tokens, mask)
         check_tokens(tokens, model.mask_id)
         if not mask.any():
-            raise ValueError(f"batch({run.step}) hides no token, so there is nothing to learn from")
-        tokens, mask, coords = (tensor.to(device, non_blocking=True) for tensor in (tokens.long(), mask, coords))
+            raise InputError(f"batch({state['step']}) hides no token, so there is nothing to learn from")
+        tokens, mask, coords = (each.to(device, non_blocking=True) for each in (tokens.long(), mask, coords))
         inputs = tokens.masked_fill(mask, model.mask_id)
         counted = torch.ones_like(mask) if recipe.loss == "all" else mask
         with precision_context(device, recipe.precision):
             loss = backward(network, inputs, tokens, counted, coords, recipe.accumulate)
-        run.update(loss)
-        if rank == 0:
-            run.report(validate, dict(tokenizer=tokenizer, extra=extra))
-    if group:
-        # Destroying it holds the interpreter's lock, which Gloo's threads need once more for what is under way; there
-        # is nothing to wait for that would say that they are done.
-        time.sleep(0.5)
-        del network
-        torch.distributed.destroy_process_group()
-    model.load_state_dict((run.best or model).state_dict())
+        rate, norm = update(model, optimizers, recipe, state["step"])
+        state["step"] += 1
+        state["loss_sum"] = state["loss_sum"] + loss
+        state["seconds"] = time.monotonic() - started
+        if rank > 0:
+            continue  # the first process alone reports and writes
+        printed = print_progress(state, recipe.steps, printed)
+        last = state["step"] == recipe.steps
+        row_due = last or state["step"] % row_every == 0
+        checkpoint_due = out and (last or time.monotonic() - saved > CHECKPOINT_SECONDS)
+        if row_due or checkpoint_due:
+            require_finite(model, state)
+        if row_due:
+            row = dict(step=state["step"], loss=mean_loss(state), seconds=round(state["seconds"], 2), lr=rate)
+            row |= dict(gradient_norm=float(norm)) | validated(model, validate)
+            state["history"].append(row)
+            state["loss_sum"] = 0.0
+            if best_by and row[best_by] == np.nanmin([past[best_by] for past in state["history"]]):
+                best = copy.deepcopy(model)
+            if out:
+                write_log(path.with_name("log.csv"), state["history"])
+        if checkpoint_due:
+            training = dict(progress=state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+            belongings = dict(tokenizer=tokenizer, extra=extra, config=asdict(recipe))
+            save_checkpoint(path, best or model, step=state["step"], training=training, **belongings)
+            saved = time.monotonic()
+    result = [state["history"], (best or model).state_dict()]
+    if world > 1:
+        torch.distributed.broadcast_object_list(result, src=0, device=device)
+    model.load_state_dict(result[1])
     model.eval()
-    return run.history
+    return result[0]
 
 
-def unwrapped(model):
-    """The model itself, without the wrapper of torch.compile; ValueError if it is in another one."""
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "module"):
-        raise ValueError(f"{type(model).__name__} wraps a model: give its .module; torchrun starts several processes")
-    return model
-
-
-def in_group():
-    """Whether processes have been told of each other."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-GROUPS = itertools.count()
+def process_rank():
+    """(rank, number of processes) of the group there is, or as torchrun says; (0, 1) without either."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_group(device):
-    """Let the processes that torchrun started find each other, each time under a name of its own: the addresses of an
-    earlier group are still there. On a CPU they share its cores, where torchrun gives each a single one."""
-    store, rank, world = next(torch.distributed.rendezvous("env://"))
-    store = torch.distributed.PrefixStore(f"group {next(GROUPS)}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world)
+    """Let the processes find each other, once; until their end they stay together. On a CPU they share its cores, where
+    torchrun gives each a single one."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-
-
-def backward(network, inputs, targets, counted, coords, accumulate):
-    """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
-    Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
-    so the parts add up to its mean however the hidden tokens are spread over them."""
-    rank, world = process_rank()
-    if len(inputs) < world * accumulate:
-        raise ValueError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
-    total = torch.zeros((), device=inputs.device)
-    for i, rows in enumerate(torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)):
-        # Processes exchange gradients once, after the last part.
-        with contextlib.nullcontext() if world == 1 or i == accumulate - 1 else network.no_sync():
-            logits = network(inputs[rows], coords if coords.ndim == 2 else coords[rows]).float()
-            loss = masked_cross_entropy(logits, targets[rows], counted[rows], count=counted.sum())
-            (loss * world).backward()  # DistributedDataParallel averages over the processes
-        total += loss.detach()
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return total
-
-
-class Run:
-    """The progress of a training: all that a resumed one needs to go on to the very same weights."""
-
-    PROGRESS = ("step", "seconds", "loss_sum", "history")
-
-    def __init__(self, model, recipe, out=None, best_by=None):
-        self.model = model
-        self.recipe = recipe
-        self.path = Path(out, "model.pt") if out else None
-        self.best_by = best_by
-        self.best = None  # the model whose column `best_by` was the lowest
-        self.optimizers = make_optimizers(model, recipe)
-        self.step = 0
-        self.seconds = 0.0
-        self.history = []  # the rows of log.csv
-        self.loss_sum = 0.0  # since the last of them
-        self.lr = 0.0  # of the last step, as is
-        self.gradient_norm = 0.0  # before it was clipped
-        self.started = time.monotonic()
-        self.printed = [(self.started, 0)]  # when and at which step, in the last seconds
-        self.checkpointed = self.started
-        self.last_written = self.written()
-
-    def update(self, loss):
-        """Step with the gradients at hand."""
-        self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.lr = self.recipe.lr * learning_rate_factor(self.step, self.recipe)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr
-            with WithoutBf16() if self.recipe.precision == "float32" else contextlib.nullcontext():
-                optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        self.loss_sum = self.loss_sum + loss
-        self.seconds = time.monotonic() - self.started
-
-    def report(self, validate, belongings):
-        """Show the progress, and write log.csv and model.pt when it is time."""
-        last = self.step == self.recipe.steps
-        if self.path:  # at the first step, since it may be impossible, and whenever somebody has removed it
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.print_progress(last)
-        if last or self.step % max(1, self.recipe.steps // self.recipe.log_rows) == 0:
-            self.log(validate)
-        if last or time.monotonic() - self.checkpointed > CHECKPOINT_SECONDS:
-            self.save(belongings)
-
-    def mean_loss(self):
-        return float(self.loss_sum) / (self.step - (self.history[-1]["step"] if self.history else 0))
-
-    def require_finite(self):
-        weights = all(bool(p.isfinite().all()) for p in self.model.parameters())
-        if not (weights and math.isfinite(float(self.loss_sum) + float(self.gradient_norm))):
-            raise ValueError(f"loss or weights are no longer finite at step {self.step}; try a lower learning rate")
-
-    def print_progress(self, last):
-        """On a terminal the line rewrites itself every second; elsewhere there is a new one every 10 seconds."""
-        terminal = sys.stderr.isatty()
-        now = time.monotonic()
-        if last or now - self.printed[-1][0] > (1 if terminal else 10):
-            self.printed = [mark for mark in self.printed if now - mark[0] < 10] or self.printed[-1:]
-            since, before = self.printed[0]
-            self.printed.append((now, self.step))
-            speed = (self.step - before) / (now - since)
-            steps = self.recipe.steps
-            minutes, seconds = divmod(round((steps - self.step) / speed), 60)
-            line = f"step {self.step}/{steps}  loss {self.mean_loss():.4f}  {speed:.1f} steps/s  "
-            end = "\r" if terminal and not last else "\n"
-            print(f"{line}{minutes}:{seconds:02d} left   ", end=end, file=sys.stderr, flush=True)
-
-    def log(self, validate):
-        """Add a row to history, with the figures of the validated model, and write log.csv."""
-        self.require_finite()
-        row = dict(step=self.step, loss=self.mean_loss(), seconds=round(self.seconds, 2), lr=self.lr)
-        row |= dict(gradient_norm=float(self.gradient_norm))
-        if validate:
-            with torch.no_grad():
-                figures = validate(self.model.eval())
-            self.model.train()
-            row |= validated(figures, row, self.best_by)
-        self.history.append(row)
-        self.loss_sum = 0.0
-        if self.best_by and row[self.best_by] <= self.lowest():
-            self.best = copy.deepcopy(self.model)
-        if self.path:
-            columns = list(dict.fromkeys(name for past in self.history for name in past))
-            lines = [columns, *([past.get(name, "") for name in columns] for past in self.history)]
-            with whole_file(self.path.with_name("log.csv")) as file:
-                file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-
-    def lowest(self):
-        """The lowest of the column `best_by` so far; inf if there is no number in it."""
-        figures = [row.get(self.best_by, math.nan) for row in self.history]
-        return min((figure for figure in figures if not math.isnan(figure)), default=math.inf)
-
-    def written(self):
-        """When the checkpoint was written, in seconds; -inf if there is none."""
-        return self.path.stat().st_mtime if self.path and self.path.exists() else -math.inf
-
-    def save(self, belongings):
-        self.require_finite()
-        progress = {name: getattr(self, name) for name in self.PROGRESS}
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
-        training = dict(progress=progress, model=self.model.state_dict(), optimizers=optimizers)
-        if self.path:
-            if self.written() > self.last_written + 2:  # not all file systems are exact to the second
-                raise ValueError(f"another run has written {self.path}; --out renames")
-            state = dict(config=asdict(self.recipe), step=self.step, training=training)
-            save_checkpoint(self.path, self.best or self.model, **state, **belongings)
-        self.last_written = self.written()
-        self.checkpointed = time.monotonic()
-
-    def resume(self, device):
-        """Go on where the run that wrote the checkpoint stopped; ValueError if its model or recipe was another."""
-        checkpoint = load_checkpoint(self.path, device)
-        before = (checkpoint["config"] or {}) | checkpoint["model"].config
-        now = asdict(self.recipe) | self.model.config
-        for name in sorted(before.keys() | now.keys()):
-            if (was := before.get(name)) != now.get(name):
-                raise ValueError(f"{self.path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
-        try:
-            training = checkpoint["training"]
-            for name in self.PROGRESS:
-                setattr(self, name, training["progress"][name])
-            states = [training["model"], *training["optimizers"]]
-            for part, state in zip([self.model, *self.optimizers], states, strict=True):
-                part.load_state_dict(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.path} holds no training that fits this run: {error}".splitlines()[0]) from None
-        self.best = checkpoint["model"] if self.best_by and self.lowest() < math.inf else None
-        self.printed = [(self.started, self.step)]
-        self.started -= self.seconds
-
-
-def validated(figures, row, best_by):
-    """The figures as numbers; ValueError if they are none, share a name with the row's own, or lack `best_by`."""
-    if taken := figures.keys() & row.keys():
-        raise ValueError(f"validate gives {', '.join(map(repr, sorted(taken)))}, which log.csv has already")
-    if best_by and best_by not in figures:
-        raise ValueError(f"validate gives no {best_by!r} to choose the best model by, but {', '.join(figures)}")
-    try:
-        return {name: float(value) for name, value in figures.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"validate must give numbers: {error}".splitlines()[0]) from None
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", process_rank()[1]))))
 
 
 def make_optimizers(model, recipe):
@@ -1028,9 +857,49 @@ def make_optimizers(model, recipe):
     decay = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "adamw":
         groups.append(dict(params=matrices, **decay))
-        return [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)]
-    adamw = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)
-    return [adamw, torch.optim.Muon(matrices, **decay, adjust_lr_fn="match_rms_adamw")]
+    optimizers = [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)]
+    if recipe.optimizer == "muon":
+        optimizers.append(torch.optim.Muon(matrices, **decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def step_seed(seed, step, part=0):
+    """A seed of its own for each step of a run and each part of the step, such as a process or a sample. The factors
+    are primes, far above the number of parts and of steps: so no two of these share a seed."""
+    return ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
+
+
+def backward(network, inputs, targets, counted, coords, accumulate):
+    """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
+    Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
+    so the parts add up to its mean however the hidden tokens are spread over them."""
+    rank, world = process_rank()
+    if len(inputs) < world * accumulate:
+        raise InputError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
+    total = torch.zeros((), device=inputs.device)
+    for i, rows in enumerate(torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)):
+        # Processes exchange gradients once, after the last part.
+        with contextlib.nullcontext() if world == 1 or i == accumulate - 1 else network.no_sync():
+            logits = network(inputs[rows], coords if coords.ndim == 2 else coords[rows]).float()
+            loss = masked_cross_entropy(logits, targets[rows], counted[rows], count=counted.sum())
+            (loss * world).backward()  # since DistributedDataParallel takes the mean over the processes, not the sum
+        total += loss.detach()
+    if world > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def update(model, optimizers, recipe, step):
+    """Update the weights by the gradients at hand: the learning rate, and the gradient's norm before it was clipped."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    rate = learning_rate(step, recipe)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with WithoutBf16() if recipe.precision == "float32" else contextlib.nullcontext():
+            optimizer.step()
+        optimizer.zero_grad()
+    return rate, norm
 
 
 class WithoutBf16(TorchFunctionMode):
@@ -1041,36 +910,84 @@ class WithoutBf16(TorchFunctionMode):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
 
-def learning_rate_factor(step, recipe):
-    """What the learning rate is multiplied by at a step: a linear rise over the warm-up, then 1, or a fall to 0."""
-    rise = min(1.0, (step + 1) / (recipe.warmup + 1))
-    if recipe.decay == "constant":
-        return rise
-    return rise * (1 - max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
+def learning_rate(step, recipe):
+    """A linear rise to recipe.lr over the warm-up; then it stays, or falls to 0."""
+    factor = min(1.0, (step + 1) / (recipe.warmup + 1))
+    if recipe.decay == "linear":
+        factor *= 1 - max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * factor
 
 
-def step_seed(seed, step, rank=0):
-    """A seed of its own for each step and process of a run."""
-    return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
+def mean_loss(state):
+    """Since the last row of history."""
+    rows = state["history"]
+    return float(state["loss_sum"]) / (state["step"] - (rows[-1]["step"] if rows else 0))
 
 
-def precision_context(device, precision):
-    """Run what is inside in "float32", or in "bf16" by autocast; weights and loss stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def require_finite(model, state):
+    weights = all(bool(p.isfinite().all()) for p in model.parameters())
+    if not (weights and math.isfinite(state["loss_sum"])):
+        raise InputError(f"loss or weights are no longer finite at step {state['step']}; try a lower learning rate")
 
 
-def process_rank():
-    """(rank, number of processes) of the group there is, or as torchrun says; (0, 1) without either."""
-    if in_group():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def print_progress(state, steps, printed):
+    """A line about the progress every 10 seconds; on a terminal every second, in place of the one before. printed is
+    when and at which step there was the last one, and is returned anew."""
+    terminal = sys.stderr.isatty()
+    now = time.monotonic()
+    before, since = printed
+    step = state["step"]
+    if step < steps and now - before < (1 if terminal else 10):
+        return printed
+    speed = (step - since) / (now - before)
+    minutes, seconds = divmod(round((steps - step) / speed), 60)
+    line = f"step {step}/{steps}  loss {mean_loss(state):.4f}  {speed:.1f} steps/s  {minutes}:{seconds:02d} left   "
+    print(line, end="\r" if terminal and step < steps else "\n", file=sys.stderr, flush=True)
+    return now, step
+
+
+def validated(model, validate):
+    """The numbers that validate finds of the model, by name."""
+    if validate is None:
+        return {}
+    with torch.no_grad():
+        figures = validate(model.eval())
+    model.train()
+    return {name: float(value) for name, value in figures.items()}
+
+
+def write_log(path, rows):
+    text = io.StringIO()
+    table = csv.DictWriter(text, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def require_no_run(out, resume, force):
-    """ValueError if a run would overwrite the one in its folder."""
+    """InputError if a run would overwrite the one in its folder."""
     if Path(out, "model.pt").exists() and not (resume or force):
         holds = f"{out} holds a run already"
-        raise ValueError(f"{holds}: resume goes on with it, force starts over, another out keeps both")
+        raise InputError(f"{holds}: resume goes on with it, force starts over, another out keeps both")
+
+
+def resume_run(path, model, optimizers, state, recipe, best_by):
+    """Bring all to where the run that wrote the checkpoint stopped; returns its best model, if any so far. InputError
+    if its model or recipe was another."""
+    checkpoint = load_checkpoint(path)
+    before = (checkpoint["config"] or {}) | checkpoint["model"].config  # the seed and sizes alike: all is compared
+    now = asdict(recipe) | model.config
+    for name in sorted(before.keys() | now.keys()):
+        if (was := before.get(name)) != now.get(name):
+            raise InputError(f"{path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
+    training = checkpoint["training"]
+    if training is None:
+        raise InputError(f"{path} holds a model alone, without the training to go on with")
+    state.update(training["progress"])
+    for part, saved in zip([model, *optimizers], [training["model"], *training["optimizers"]], strict=True):
+        part.load_state_dict(saved)
+    return checkpoint["model"] if best_by and state["history"] else None
 
 
 @contextlib.contextmanager
@@ -1091,13 +1008,13 @@ def whole_file(path):
 
 
 def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, step=0, training=None):
-    """Write model.pt, whole or not at all; ValueError if the config has more than plain values, or extra more than
+    """Write model.pt, whole or not at all; InputError if the config has more than plain values, or extra more than
     tensors."""
-    model = unwrapped(model)
+    model = getattr(model, "_orig_mod", model)  # out of the wrapper of torch.compile
     if not all(isinstance(value, torch.Tensor) for value in (extra or {}).values()):
-        raise ValueError("extra is no dict of tensors")
-    contents = dict(architecture=model.config, weights=model.state_dict(), config=plain(config, "config"))
-    contents |= dict(step=plain(step, "step"), training=training, extra=extra)
+        raise InputError("extra is no dict of tensors")
+    contents = dict(architecture=plain(model.config, "the model"), weights=model.state_dict(), extra=extra)
+    contents |= dict(config=plain(config, "config"), step=plain(step, "step"), training=training)
     if tokenizer:
         centroids = torch.from_numpy(tokenizer.centroids)
         contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
@@ -1105,31 +1022,31 @@ def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, ste
         torch.save(contents, file)
 
 
-def read_tensors(path, device):
+def read_tensors(path):
     """What torch.save has written, without running code in it; an error if a checksum is wrong."""
     with zipfile.ZipFile(path) as archive:
         if broken := archive.testzip():  # torch.load does not compare them
-            raise ValueError(f"{broken} has another checksum")
-    return torch.load(path, map_location=device, weights_only=True)
+            raise InputError(f"{broken} has another checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer, or
     None where the tokens are the pixels), extra, config, step, and training, which train(resume=True) goes on from.
-    ValueError if there is no such file, or it is damaged or something else."""
+    InputError if there is no such file, or it is damaged or something else."""
     if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}")
+        raise InputError(f"there is no checkpoint {path}")
     try:
-        saved = read_tensors(path, device)
-        model = MaskGIT(**saved["architecture"]).to(device).eval()
+        saved = read_tensors(path)
+        model = MaskGIT(**saved["architecture"]).eval()
         model.load_state_dict(saved["weights"])
         tokenizer = saved.get("tokenizer")
         if tokenizer:
-            tokenizer = PatchTokenizer(tokenizer["centroids"].cpu().numpy(), tokenizer["patch"], tokenizer["stride"])
+            tokenizer = PatchTokenizer(tokenizer["centroids"].numpy(), tokenizer["patch"], tokenizer["stride"])
         rest = {name: saved[name] for name in ("config", "step", "training")} | {"extra": saved.get("extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
-    return dict(model=model, tokenizer=tokenizer, **rest)
+        raise InputError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
+    return dict(model=model.to(device), tokenizer=tokenizer, **rest)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1138,8 +1055,6 @@ def load_checkpoint(path, device="cpu"):
 # Command line, records and pictures: a copy of this file may end here.
 
 import argparse
-import ctypes
-import hashlib
 import json
 import platform
 import re
@@ -1147,6 +1062,8 @@ import shlex
 import subprocess
 
 from PIL import Image, ImageDraw, ImageFont
+
+STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -1158,7 +1075,7 @@ class Experiment(Recipe):
     dim: int = setting(64, "width of the model", low=1)
     heads: int = setting(4, "of attention", low=1)
     layers: int = setting(4, "blocks of the model", low=1)
-    hidden: int | None = setting(None, "width of the MLPs; where it has no default, 4 x dim", low=1)
+    hidden: int = setting(0, "width of the MLPs; 0 is 4 x dim", low=0)
     dropout: float = setting(0.0, "in the blocks", low=0.0, below=1.0)
     norm: str = setting("pre", "where the blocks have their norms", choices=NORMS)
     head: str = setting("linear", "what gives the logits", choices=HEADS)
@@ -1168,45 +1085,38 @@ class Experiment(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        mask_kinds(self.mask)
+        training_mask((0, 1), self.mask, coords=torch.zeros(1, 2))  # of no rows: InputError now if it is none
 
     def new_model(self, codes, device):
         torch.manual_seed(self.seed)
-        options = dict(norm=self.norm, head=self.head, positions=self.positions, rotary=self.rotary)
-        options |= dict(hidden=self.hidden, dropout=self.dropout, learn_temperature=self.learn_temperature)
+        names = ("hidden", "dropout", "norm", "head", "positions", "rotary", "learn_temperature")
+        options = {name: getattr(self, name) for name in names}
         return MaskGIT(codes, self.dim, self.heads, self.layers, **options).to(device)
 
 
 class CommandLine(argparse.ArgumentParser):
     """An ArgumentParser whose complaint is one line on stderr, with exit code 2."""
 
-    def __init__(self, description=None, **options):
-        options |= dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-        super().__init__(description=description, **options)
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"error: {message} (see --help)\n")
 
-    def given(self):
-        """The names of what the command line has, without those that have their default."""
-        default = object()
-        found = self.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(self.parse_args()), default)))
-        return {name for name, value in vars(found).items() if value is not default}
-
-
-def value_of(flag, default=None):
-    """What the command line has for a flag on which the defaults of others depend."""
-    parser = CommandLine(add_help=False)
-    parser.add_argument(flag, dest="value", default=default)
-    return parser.parse_known_args()[0].value
+    def parse_with(self, defaults_of):
+        """The arguments, where some decide what others default to: defaults_of(arguments) is a dict of these."""
+        first, _ = self.parse_known_args([each for each in sys.argv[1:] if each not in ("-h", "--help")])
+        self.set_defaults(**defaults_of(first))
+        return self.parse_args()
 
 
 def add_run_flags(parser, out):
     """The flags of every script's run that do not touch its weights."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--out", type=named, default=Path(out), help="folder of the run, default %(default)s")
-    add("--json", type=named, help="write the figures to this file as well")
+    add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
+    add("--json", type=Path, help="write the figures to this file as well")
     either = group.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on with the run in --out")
     either("--force", action="store_true", help="start over in a folder that holds a run")
@@ -1214,33 +1124,26 @@ def add_run_flags(parser, out):
 
 
 def add_flags(parser, settings, **defaults):
-    """A flag for each field of a dataclass of Settings, some with other defaults."""
+    """A flag for each setting of a dataclass that has a help text, some with other defaults."""
     add = parser.add_argument_group(settings.__name__.lower()).add_argument
-    for each in filter(lambda each: each.metadata["help"], fields(settings)):
-        default = getattr(settings(**defaults), each.name)
-        options = {"default": default, "help": each.metadata["help"]}
-        if default is not None:
-            options["help"] += "; default %(default)s"
-        if each.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+    for each in fields(settings):
+        flag = f"--{each.name.replace('_', '-')}"
+        default = defaults.get(each.name, each.default)
+        options = dict(default=default, help=f"{each.metadata['help']}; default %(default)s")
+        if not each.metadata["help"]:
+            continue
+        if isinstance(default, bool):
+            add(flag, action=argparse.BooleanOptionalAction, **options)
+        elif isinstance(default, tuple):
+            add(flag, type=type(default[0]), nargs=len(default), **options)
         else:
-            options |= {"type": kind_of(each), "choices": each.metadata["check"]["choices"]}
-        if get_origin(each.type) is tuple:
-            options["nargs"] = "+"
-        add(f"--{each.name.replace('_', '-')}", **options)
+            add(flag, type=type(each.default), choices=each.metadata["choices"], **options)
 
 
 def settings_from(arguments, settings):
-    """The dataclass of Settings whose flags were given."""
+    """The dataclass of settings whose flags were given."""
     values = {each.name: getattr(arguments, each.name) for each in fields(settings) if each.metadata["help"]}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def named(text):
-    """An argparse type: a path; an empty one, such as that of a variable that is not set, would be this folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("a name is empty")
-    return Path(text)
 
 
 def at_least(low):
@@ -1255,46 +1158,37 @@ def at_least(low):
 
 
 def run_as_script(main):
-    """Call main(). Bad input (ValueError, OSError) and too little memory end in one line on stderr and exit code 2,
+    """Call main(). Bad input (InputError, OSError) and too little memory end in one line on stderr and exit code 2,
     Ctrl-C in 130. Of several processes the first alone writes to the screen."""
-    keep_freed_memory()
     if process_rank()[0] > 0:
         sys.stdout = None  # print() then does nothing
     try:
         main()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        lacking = f"not enough memory: {error}".splitlines()[0]
-        print(f"error: {error if isinstance(error, (ValueError, OSError)) else lacking}", file=sys.stderr)
+        lacking = "" if isinstance(error, (InputError, OSError)) else "not enough memory: "
+        print(f"error: {lacking}{error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
-def keep_freed_memory():
-    """Let the C library (glibc) keep what is freed: a training step on a CPU soon needs as much again, and pages that
-    the system hands out anew are cleared first."""
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
-        library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the end of the heap back
-
-
 def pick_device(name="auto"):
     """The torch.device for "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:N" or "mps"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    if name == "cuda":  # under torchrun each process has its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
-        raise ValueError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from None
+        raise InputError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from None
 
 
 def open_run(arguments):
-    """The device of a script's run; ValueError if its folder holds a run that it would overwrite."""
+    """The device of a script's run; InputError if its folder holds a run that it would overwrite."""
     require_no_run(arguments.out, arguments.resume, arguments.force)
     return pick_device(arguments.device)
 
@@ -1303,42 +1197,34 @@ CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_
 
 
 def run_record():
-    """Where a number comes from: command, commit, digests of the project's files that are in use, machine, versions and
-    date, as plain values, and for write_figures when it started. To be asked at the start of a run, since the code may
-    change while it runs."""
+    """Where a number comes from: command, commit, whether files differed from it, machine, versions and date, as plain
+    values. To be asked at the start of a run, since the code may change while it runs."""
     here = Path(__file__).resolve().parent
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(here) if script.is_relative_to(here) else script.name
     limits = [f"{name}={os.environ[name]}" for name in CPU_LIMITS if name in os.environ]
-    failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(here))} rev-parse --short HEAD")
-    loaded = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
-    ours = sorted(path for path in loaded if path.parent in (here, here / "benchmarks", here / "extras"))
+    failed, commit = subprocess.getstatusoutput(
+        f"git -C {shlex.quote(str(here))} describe --always --dirty --exclude '*'"
+    )
     info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return {
         "command": shlex.join([*limits, "python", str(script), *sys.argv[1:]]),
-        "commit": "unknown" if failed else commit,
-        "code": {str(path.relative_to(here)): file_digest(path)[:12] for path in ours},
+        "commit": "unknown" if failed else commit.removesuffix("-dirty"),
+        "changed": commit.endswith("-dirty"),
         "machine": f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} cores, {platform.system()}{gpu}",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
         "date": time.strftime("%Y-%m-%d"),
-        "started": time.monotonic(),
     }
-
-
-def file_digest(path):
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_figures(record, settings, figures, *paths):
     """The figures, the settings (a dict), where they come from and how many minutes they took, as JSON to each of the
     paths that is not None."""
-    settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}
-    record = record | {"minutes": round((time.monotonic() - record["started"]) / 60, 1)}
-    del record["started"]
-    text = json.dumps({**record, "settings": settings, **figures}, indent=1, default=str) + "\n"
+    settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}  # JSON has no inf
+    minutes = round((time.monotonic() - STARTED) / 60, 1)
+    text = json.dumps({**record, "minutes": minutes, "settings": settings, **figures}, indent=1, default=str) + "\n"
     for path in filter(None, paths):
         with whole_file(path) as file:
             file.write(text.encode())
@@ -1356,8 +1242,7 @@ def print_table(head, rows):
 INK = (40, 40, 40)
 FAINT = (225, 225, 225)
 FRAME = (170, 190, 215)
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-COLOURS += ["#000000", "#999933", "#882255", "#44aa99", "#aa4499", "#888888", "#661100"]
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
@@ -1383,24 +1268,20 @@ def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, log_y=False):
+def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
     """A line chart of curves {label: (x values, y values)} and thin levels, references {label: y}, such as a limit, as
     a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
+    levels = references or {}
     font = ImageFont.load_default(26)
-    levels = {label: y for label, y in (references or {}).items() if y > 0 or not log_y}
+    left, right, top, bottom = 160, 1300, 120, 960  # twice the size of the picture, for smooth lines
     lines = {}
-    for label, curve in curves.items():
-        points = [(float(x), float(y)) for x, y in zip(*curve, strict=True) if math.isfinite(x + y)]
-        if shown := [(x, y) for x, y in points if (x > 0 or not log_x) and (y > 0 or not log_y)]:
-            lines[label] = shown
-    if not lines:
-        raise ValueError(f"nothing to plot in {title!r}")
+    for label, (xs, ys) in curves.items():
+        lines[label] = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not log_y)]
     xs, ys = zip(*sum(lines.values(), []), strict=True)
-    left, top, bottom = 160, 120, 960  # twice the size of the picture, for smooth lines
-    right = min(1300, 1680 - max(map(font.getlength, [*lines, *levels])))
-    x_at, x_ticks = axis(xs, left, right, log_x)
-    y_at, y_ticks = axis([*ys, *levels.values()], bottom - 24, top, log_y)
-    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items()}
+    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items() if y > 0 or not log_y}
+    ys = [y for line in lines.values() for _, y in line]
+    x_at, x_ticks = axis(xs, left, right)
+    y_at, y_ticks = axis(ys, bottom - 24, top, log_y)
     sheet = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(sheet)
     for tick in x_ticks:
@@ -1414,30 +1295,27 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_x=False, 
     pen.text((left, 90), y_label, fill=INK, font=font, anchor="lm")
     pen.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
     for i, (label, line) in enumerate(lines.items()):
-        style = {"fill": COLOURS[i % len(COLOURS)], "width": 3 if label in levels else 5}
         legend = top + 20 + 44 * i
+        style = {"fill": COLOURS[i % len(COLOURS)], "width": 3 if label in levels else 5}
         pen.line([(x_at(x), y_at(y)) for x, y in line], joint="curve", **style)
         pen.line([(right + 30, legend), (right + 90, legend)], **style)
         pen.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
     return sheet.resize((900, 550), Image.Resampling.LANCZOS)
 
 
-def axis(values, start, end, log):
-    """Where a value lies between the pixels `start` and `end`, and some round values: about one to three a decade on a
-    log axis, or else three to six."""
-    low, high = min(values), max(values)
-    if low == high:  # a range of some width, whatever there is to show
-        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+def axis(values, start, end, log=False):
+    """Where a value lies between the pixels `start` and `end`, and the round values among them."""
+    low = min(values)
+    high = max(values)
     scale = math.log10 if log else float
-    if log and high > 10 * low:
-        factors = (1, 2, 5) if high < 1000 * low else (1,)
-        ticks = [10.0**power * factor for power in range(-12, 13) for factor in factors]
+    if log:
+        ticks = [10.0**power * factor for power in range(-12, 13) for factor in (1, 2, 3, 5)]
     else:
-        step = 10.0 ** math.floor(math.log10((high - low) / 3))
+        step = 10.0 ** math.floor(math.log10((high - low or 1) / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
         ticks = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
     def position(value):
-        return start + (scale(value) - scale(low)) / (scale(high) - scale(low)) * (end - start)
+        return start + (scale(value) - scale(low)) / (scale(high) - scale(low) or 1) * (end - start)
 
     return position, [tick for tick in ticks if low <= tick <= high]

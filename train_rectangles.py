@@ -14,6 +14,7 @@ import functools
 import itertools
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import maskgit
@@ -46,16 +47,16 @@ class Rectangles(maskgit.Experiment):
     """All that decides the weights of a run."""
 
     task: str = setting("grid", "all patches of a grid, or some anywhere", choices=("grid", "sparse"))
-    rectangles: int | None = setting(None, "train on so many (S2: 100); if not given, fresh ones at every step", low=1)
+    rectangles: int = setting(0, "train on so many (S2: 100); 0: on fresh ones at every step", low=0)
     fixed_points: bool = setting(False, "each of those always with the same points (S2)")
     points: int = setting(24, "of an image", low=2)
 
     def __post_init__(self):
         super().__post_init__()
         if self.fixed_points and not self.rectangles:
-            raise ValueError("fixed points need a number of rectangles")
+            raise maskgit.InputError("fixed points need a number of rectangles")
         if self.task == "grid" and (self.fixed_points or self.points != 24):
-            raise ValueError("points and fixed points are for the sparse task")
+            raise maskgit.InputError("points and fixed points are for the sparse task")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -371,22 +372,21 @@ def print_pictures(errors):
 
 
 GRID = dict(steps=7000, batch_size=32, heads=2, lr=1e-2, mask="0.3+0.4+0.5+cosine")
-SPARSE = dict(steps=7500, batch_size=256, lr=6e-3, mask="0.35", task="sparse")
+SPARSE = dict(steps=7500, batch_size=256, heads=4, lr=6e-3, mask="0.35")
+SPARSE |= dict(test_images=1000, proposals=8000, out=Path("runs/rectangles_sparse"))
 REPORTS = {"grid": "works well (no figures)"}
 REPORTS["sparse"] = "training accuracy is decent, unseen rectangles do not work well at all (no figures)"
 
 
 def parse_arguments():
     """The command line, and the recipe in it."""
-    task = maskgit.value_of("--task", "grid")
     parser = maskgit.CommandLine(__doc__)
-    maskgit.add_run_flags(parser, f"runs/rectangles_{task}")
+    maskgit.add_run_flags(parser, "runs/rectangles_grid")
     add = parser.add_argument_group("scores").add_argument
-    few, many = (200, 3000) if task == "grid" else (1000, 8000)
-    add("--test-images", type=maskgit.at_least(8), default=few, help="default %(default)s")
-    add("--proposals", type=maskgit.at_least(10), default=many, help="for each posterior; default %(default)s")
-    maskgit.add_flags(parser, Rectangles, **(GRID if task == "grid" else SPARSE))
-    arguments = parser.parse_args()
+    add("--test-images", type=maskgit.at_least(8), default=200, help="default %(default)s")
+    add("--proposals", type=maskgit.at_least(10), default=3000, help="for each posterior; default %(default)s")
+    maskgit.add_flags(parser, Rectangles, **GRID)
+    arguments = parser.parse_with(lambda given: SPARSE if given.task == "sparse" else {})
     return arguments, maskgit.settings_from(arguments, Rectangles)
 
 
@@ -394,14 +394,14 @@ def main():
     record = maskgit.run_record()
     arguments, recipe = parse_arguments()
     device = maskgit.open_run(arguments)
-    recipe = recipe.on(device)
+    recipe = recipe.for_device(device)
     out = arguments.out
     if arguments.resume:
         tokenizer = maskgit.load_checkpoint(out / "model.pt")["tokenizer"]
     else:
         tokenizer = fit_tokenizer(recipe.seed)
     if tokenizer is None:
-        raise ValueError(f"{out / 'model.pt'} holds no tokenizer: it is a run of another script")
+        raise maskgit.InputError(f"{out / 'model.pt'} holds no tokenizer: it is a run of another script")
     model, history = train_model(recipe, tokenizer, device, out=out, resume=arguments.resume, force=arguments.force)
     if maskgit.process_rank()[0] > 0:
         return

@@ -9,10 +9,12 @@ A run leaves model.pt, log.csv, metrics.json and its pictures in runs/squares (-
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import maskgit
 import numpy as np
@@ -43,7 +45,7 @@ class Squares(maskgit.Experiment):
 def all_squares(grid, min_side, max_side):
     """Every image with one filled square of side min_side .. max_side: int64 (M, grid * grid)."""
     if not 1 <= min_side <= max_side <= grid:
-        raise ValueError(f"sides {min_side} to {max_side} do not fit a grid of {grid}; need 1 <= min <= max <= grid")
+        raise maskgit.InputError(f"sides {min_side} to {max_side} do not fit a grid of {grid}; need 1 <= min <= max <= grid")
     images = []
     for side in range(min_side, max_side + 1):
         for top, left in itertools.product(range(grid - side + 1), repeat=2):
@@ -189,9 +191,9 @@ def follow_images(model, prior, tokens, mask, device, order, **options):
     trace = []
 
     def true_tokens(state):
-        tokens = truth[state.image, state.place]
+        tokens = truth[state.row, state.place]
         chance = state.log_probs.gather(-1, tokens[:, None])[:, 0].cpu().double()
-        at = (state.image.cpu(), state.place.cpu())
+        at = (state.row.cpu(), state.place.cpu())
         chances.append(torch.zeros(truth.shape, dtype=torch.float64).index_put(at, chance))
         return tokens
 
@@ -199,14 +201,14 @@ def follow_images(model, prior, tokens, mask, device, order, **options):
         try:
             return order(state._replace(tokens=None))
         except (AttributeError, TypeError) as error:
-            raise ValueError(f"an order that looks at drawn tokens cannot be followed: {error}") from None
+            raise maskgit.InputError(f"an order that looks at drawn tokens cannot be followed: {error}") from None
 
     generator = torch.Generator(device).manual_seed(TEST_SEED)
     untouched = generator.get_state()
     options |= {"order": blind, "sample": true_tokens, "generator": generator, "trace": trace}
     fill(model, truth, hidden, device, **options)
     if not torch.equal(untouched, generator.get_state()):
-        raise ValueError("an order that draws numbers cannot be followed")
+        raise maskgit.InputError("an order that draws numbers cannot be followed")
     committed = [chance.masked_fill(left.cpu(), 0) for chance, (_, left) in zip(chances, trace, strict=True)]
     table = torch.zeros(2, len(shown), len(prior), dtype=torch.float64)
     table[0, row, image] = torch.stack(committed).sum(dim=(0, 2)).exp()
@@ -372,9 +374,9 @@ def parse_arguments():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     maskgit.add_run_flags(parser, "runs/squares")
-    parser.add_argument("--weights", type=maskgit.named, help="write the model to this file, without its training")
-    maskgit.add_flags(parser, Squares, **DEFAULTS | PRESETS.get(maskgit.value_of("--preset"), {}))
-    arguments = parser.parse_args()
+    parser.add_argument("--weights", type=Path, help="write the model to this file, without its training")
+    maskgit.add_flags(parser, Squares, **DEFAULTS)
+    arguments = parser.parse_with(lambda given: PRESETS.get(given.preset, {}))
     return arguments, maskgit.settings_from(arguments, Squares)
 
 
@@ -382,7 +384,7 @@ def main():
     record = maskgit.run_record()
     arguments, recipe = parse_arguments()
     device = maskgit.open_run(arguments)
-    recipe = recipe.on(device)
+    recipe = recipe.for_device(device)
     out = arguments.out
     prior = all_squares(recipe.grid, recipe.min_side, recipe.max_side)
     model, history = train_model(recipe, prior, device, out=out, resume=arguments.resume, force=arguments.force)
@@ -396,7 +398,7 @@ def main():
     figures |= {"tasks": tasks, "completions": completions}
     if arguments.weights:
         maskgit.save_checkpoint(arguments.weights, model, config=asdict(recipe), step=recipe.steps)
-        figures["weights_sha256"] = maskgit.file_digest(arguments.weights)
+        figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
     maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
 
     limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
