@@ -27,7 +27,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
-from maskgit import CommandLine, at_least, named, pick_device, print_table, run_as_script, run_record, write_figures
+from maskgit import (
+    CommandLine,
+    InputError,
+    at_least,
+    pick_device,
+    print_table,
+    run_as_script,
+    run_record,
+    write_figures,
+)
 
 REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False}
 AS_DECODED = ("neither", "reports")  # ways without the painter
@@ -96,7 +105,7 @@ def main():
     record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=named, help="the folder it was trained on; if it is not given, cartoon cats")
+    parser.add_argument("--data", type=Path, help="the folder it was trained on; if it is not given, cartoon cats")
     parser.add_argument("--part", choices=("validation", "test"), default="test")
     parser.add_argument("--holes", nargs="+", choices=inpaint.HOLES, default=[*inpaint.HOLES])
     begin = f"that begin so: {', '.join([*KINDS, 'reports', 'OpenCV'])}, or one whole"
@@ -117,7 +126,7 @@ def main():
     out = arguments.checkpoint.parent  # the run's own pictures are none of its data
     split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"], out)
     if digest != run["pictures_sha256"]:
-        raise ValueError(f"{arguments.checkpoint} was trained on other pictures: --data names them")
+        raise InputError(f"{arguments.checkpoint} was trained on other pictures: --data names them")
     images = getattr(split, arguments.part)[: arguments.pictures]
     figures = {"scored": len(images)}
     rows = []

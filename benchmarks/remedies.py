@@ -23,7 +23,8 @@ from benchmarks.pictures import save_curves
 from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
 from train_rectangles import PATCH, SIZE, coverage, draw_points
 
-SOURCES = {"100 rectangles": 100, "fresh ones": None}
+RECIPE = dict(task="sparse", batch_size=256, lr=6e-3, mask="0.35")  # that of train_rectangles.py, but for the steps
+SOURCES = {"100 rectangles": 100, "fresh ones": 0}
 REMEDIES = ("as it is", "soft targets", "points near edges", "no corners")
 WIDTH = 0.5  # of the soft targets
 
@@ -92,7 +93,7 @@ def main():
     parser.add_argument("--proposals", type=at_least(1), default=8000, help="for each posterior; default %(default)s")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    recipe = train_rectangles.Rectangles(**train_rectangles.SPARSE | {"steps": arguments.steps}).on(device)
+    recipe = train_rectangles.Rectangles(**RECIPE, steps=arguments.steps).for_device(device)
     unseen = train_rectangles.draw_rectangles(arguments.test_images, train_rectangles.TEST_SEED, "sparse")
     rows = []
     for seed in range(3):

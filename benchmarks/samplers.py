@@ -30,6 +30,7 @@ import train_squares
 from benchmarks.pictures import save_curves
 from maskgit import (
     CommandLine,
+    InputError,
     all_but_lowest,
     at_random,
     by_confidence,
@@ -174,10 +175,11 @@ def orders_of(path):
         found = runpy.run_path(path)
         orders = found["ORDERS"]
         exact = found.get("EXACT", set())
-        if unknown := exact - orders.keys():
-            raise ValueError(f"EXACT names {unknown}, which is not in ORDERS")
+        unknown = exact - orders.keys()
     except Exception as error:  # whatever the file raises
-        raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+    if unknown:
+        raise InputError(f"{path} has {unknown} in EXACT, but not in ORDERS")
     return ORDERS | orders, (EXACT - orders.keys()) | exact
 
 

@@ -123,11 +123,13 @@ def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
 
 
 def test_files_without_orders_are_refused(tmp_path, capsys):
-    wrong = {"text": "in the way", "none": "A = 1", "claim": "ORDERS = {}\nEXACT = {'mine'}"}
-    for name, text in wrong.items():
-        (tmp_path / name).write_text(text)
-        assert call(samplers, tmp_path / name) == 2
-        assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
+    file = tmp_path / "file.py"
+    for text in ("in the way", "A = 1", "ORDERS = {}\nEXACT = {'mine'}"):
+        file.write_text(text)
+        assert call(samplers, file) == 2
+        assert re.fullmatch(
+            f"error: {file} (gives no dict|has {{'mine'}} in EXACT).* ORDERS.*\n", capsys.readouterr().err
+        )
 
 
 def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
@@ -178,7 +180,7 @@ def test_soft_targets_weigh_codes_by_distance():
 
 
 def test_remedies_on_a_small_scale(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
+    monkeypatch.setattr(remedies, "RECIPE", remedies.RECIPE | dict(dim=16, batch_size=8, layers=1))
     monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
     monkeypatch.setattr(remedies, "save_curves", Mock())
     tokenizer = train_rectangles.fit_tokenizer(0)
