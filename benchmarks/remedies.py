@@ -54,7 +54,11 @@ def on_corners(rectangles, points):
 
 def points_without(wrong):
     """draw_points of train_rectangles.py, without those that are wrong."""
-    return lambda *arguments: draw_again(wrong, arguments[1], draw_points(*arguments), arguments[-1])
+
+    def draw(task, rectangles, count, rng):
+        return draw_again(wrong, rectangles, draw_points(task, rectangles, count, rng), rng)
+
+    return draw
 
 
 def soft_targets(tokenizer, width):

@@ -227,26 +227,25 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
     and one with eight answers averaged for each."""
     rows = []
     inputs = train_squares.completion_inputs(prior)
-    both = {"exact": (train_squares.ExactModel(prior.to(device)), train_squares.EXACT_DRAWS)}
-    both["model"] = (model, train_squares.MODEL_DRAWS)
-    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
-    for name, (marginals, _) in both.items():
-        start = TurnedModel(marginals), prior, *inputs["nothing"], device
-        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
-        averaged[name]["calls"] *= len(TURNS)
-        averaged[name]["most_calls"] *= len(TURNS)
-    for given, (order, setting, options) in itertools.product(
-        ("nothing", "left half"), decodings(orders, SQUARES_STEPS)
-    ):
+    marginals = {"exact": train_squares.ExactModel(prior.to(device)), "model": model}
+    draws = {"exact": train_squares.EXACT_DRAWS, "model": train_squares.MODEL_DRAWS}
+    tried = decodings(orders, SQUARES_STEPS)
+    for given, (order, setting, options) in itertools.product(("nothing", "left half"), tried):
         row = {"given": given, "order": order, "setting": setting}
-        for name, (marginals, draws) in both.items():
-            start = (marginals, prior, *inputs[given], device)
+        for name in marginals:
+            start = (marginals[name], prior, *inputs[given], device)
             if order in exact_orders:
                 row[name] = train_squares.judge_followed(*start, **options)
             else:
-                row[name] = train_squares.judge_counted(*start, draws, **options)
+                row[name] = train_squares.judge_counted(*start, draws[name], **options)
         rows.append(row)
         print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
+    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
+    for name in marginals:
+        start = (TurnedModel(marginals[name]), prior, *inputs["nothing"], device)
+        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
+        averaged[name]["calls"] *= len(TURNS)
+        averaged[name]["most_calls"] *= len(TURNS)
     return [*rows, averaged]
 
 
@@ -281,6 +280,7 @@ def run_on_squares(record, arguments, device):
 
 GRID_STEPS = (8, 16, 32)
 GRID_DRAWS = 200
+GRID_PROPOSALS = 3000  # for each posterior
 
 
 def explained(tokens, tokenizer, proposals=2000):
@@ -295,6 +295,7 @@ def explained(tokens, tokenizer, proposals=2000):
         patches = train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)
         return (tokenizer.nearest(patches) != tokens).sum(axis=1)
 
+    # The box around all that is bright, of which columns and rows say where it is.
     columns = bright.any(axis=1)
     rows = bright.any(axis=2)
     low = np.stack([columns.argmax(axis=1), rows.argmax(axis=1)], axis=1).clip(max=size - train_rectangles.MIN_SIDE)
@@ -330,7 +331,7 @@ def run_on_grid(record, arguments, device):
     tokenizer = checkpoint["tokenizer"]
     rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED)
     for hidden, mask in (("left half", "half"), ("all", "1.0")):
-        test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=3000)
+        test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=GRID_PROPOSALS)
         drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
         posterior = judge_on_grid(np.where(test.mask, drawn, test.tokens), test, tokenizer)
         rows.append({"hidden": hidden, "order": "draws from the posterior", "setting": "", "calls": 0.0, **posterior})
