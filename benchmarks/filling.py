@@ -101,6 +101,16 @@ def features_of(pictures, observer, prepare, device):
     return np.concatenate([observer(part).cpu().numpy() for part in parts])
 
 
+def paint_reports(checkpoint, image, hole):
+    """Eight steps of the reports' way to fill a picture (1, S, S, 3), a row for each of their schedules."""
+    rows = []
+    for schedule in STUDY[0]:
+        filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8, schedule=schedule)
+        trace = inpaint.trace_pictures(checkpoint | {"painter": None}, image, hole, filling)
+        rows.append(trace + trace[-1:] * (8 - len(trace)))  # a small hole takes fewer steps
+    return inpaint.sheet(np.array(rows), [f"step {t}" for t in range(1, 9)])
+
+
 def main():
     record = run_record()
     parser = CommandLine(__doc__)
@@ -163,12 +173,7 @@ def main():
     print_table(["filled by", *(f"{kind}: {name}" for kind in arguments.holes for name in names)], lines)
     print(*(f"{name}: {value:.4g}" for name, value in figures.items()), sep="\n")
     if arguments.json and "reports" in arguments.ways:
-        filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8)
-        fillings = [replace(filling, schedule=schedule) for schedule in STUDY[0]]
-        plain = checkpoint | {"painter": None}
-        traces = [inpaint.trace_pictures(plain, images[:1], holes[:1], each) for each in fillings]
-        shown = np.array([trace + trace[-1:] * (8 - len(trace)) for trace in traces])  # a small hole takes fewer steps
-        inpaint.sheet(shown, [f"step {t}" for t in range(1, 9)]).save(arguments.json.with_suffix(".png"))
+        paint_reports(checkpoint, images[:1], holes[:1]).save(arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

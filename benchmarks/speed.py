@@ -106,41 +106,31 @@ def forward_pass(model, optimizer, tokens, mask, coords, precision):
         model(tokens.masked_fill(mask, CODES), coords)
 
 
-def seconds_of(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def median_seconds(function, calls, device):
+    """Of so many calls, after one that is not counted."""
+    taken = []
+    for _ in range(calls + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:])
 
 
-def by_turns(functions, rounds, device):
-    """Median seconds of each function, which take turns; a first round is not counted."""
-    taken = {name: [] for name in functions}
-    for _ in range(rounds + 1):
-        for name, function in functions.items():
-            taken[name].append(seconds_of(function, device))
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+def matrix_rate(device, kind):
+    """Multiplications and additions per second in a product of 2,048 x 2,048 matrices."""
+    a, b = torch.randn(2, 2048, 2048, device=device, dtype=kind)
+    return 2 * 2048**3 / median_seconds(lambda: a @ b, 9, device)
 
 
-def matrix_rate(device):
-    """Multiplications and additions per second in a product of 2,048 x 2,048 matrices, by precision."""
-    rates = {}
-    for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-        a, b = torch.randn(2, 2048, 2048, device=device, dtype=kind)
-        rates[name] = 2 * 2048**3 / by_turns({name: lambda a=a, b=b: a @ b}, 9, device)[name]
-    return rates
-
-
+ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, rotary=False)
 VARIANTS = {  # implementation and precision
     "plain, float32": (Plain, "float32"),
     "plain, bf16": (Plain, "bf16"),
-    "maskgit.py, float32": (MaskGIT, "float32"),
-    "maskgit.py, bf16": (MaskGIT, "bf16"),
+    "maskgit.py, float32": (functools.partial(MaskGIT, **ARCHITECTURE), "float32"),
+    "maskgit.py, bf16": (functools.partial(MaskGIT, **ARCHITECTURE), "bf16"),
 }
-ARCHITECTURE = dict(codes=CODES, dim=DIM, heads=HEADS, layers=LAYERS, hidden=HIDDEN, rotary=False)
 
 
 def random_batch(size, device):
@@ -150,27 +140,25 @@ def random_batch(size, device):
 
 
 def measure(variant, batch_size, device):
-    """Seconds of a training step and of a forward pass."""
+    """{"train_step": seconds, "forward_pass": seconds}."""
     implementation, precision = VARIANTS[variant]
-    model = (Plain() if implementation is Plain else MaskGIT(**ARCHITECTURE)).to(device)
+    model = implementation().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
     arguments = model, optimizer, *random_batch(batch_size, device), precision
-    return [
-        by_turns({work: functools.partial(work, *arguments)}, 3, device)[work] for work in (train_step, forward_pass)
-    ]
+    works = {work.__name__: functools.partial(work, *arguments) for work in (train_step, forward_pass)}
+    return {name: median_seconds(work, 3, device) for name, work in works.items()}
 
 
 def measure_variants(batch_size, rounds, device):
     """Medians: {"train_step": {variant: seconds}, "forward_pass": {variant: seconds}}."""
     names = [name for name, (_, precision) in VARIANTS.items() if precision in ("float32", fast_precision(device))]
-    taken = {name: [] for name in names}
+    rows = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            taken[name].append(measure(name, batch_size, device))
-    medians = {"train_step": {}, "forward_pass": {}}
-    for name, rows in taken.items():
-        for work, seconds in zip(medians.values(), zip(*rows, strict=True), strict=True):
-            work[name] = statistics.median(seconds)
+            rows[name].append(measure(name, batch_size, device))
+    medians = {}
+    for work in ("train_step", "forward_pass"):
+        medians[work] = {name: statistics.median(row[work] for row in rows[name]) for name in names}
     return medians
 
 
@@ -185,7 +173,7 @@ def images_per_second(model, tokens, coords, at_once, count):
             for rows in torch.arange(count, device=device).split(at_once):
                 decode(model, many[rows], hidden[rows], coords, steps=8, order="confidence")
 
-    return count / by_turns({"decode": decode_all}, 1, device)["decode"]
+    return count / median_seconds(decode_all, 1, device)
 
 
 def start_up(arguments):
@@ -204,26 +192,26 @@ def main():
     torch.manual_seed(0)
     tokens, _, coords = random_batch(arguments.batch_size, device)
     ours = MaskGIT(**ARCHITECTURE).to(device).eval()
-    figures = {"matrix_rate": matrix_rate(device)} | measure_variants(arguments.batch_size, arguments.rounds, device)
+    rates = {"float32": matrix_rate(device, torch.float32), "bf16": matrix_rate(device, torch.bfloat16)}
+    figures = {"matrix_rate": rates} | measure_variants(arguments.batch_size, arguments.rounds, device)
     # A multiplication and an addition for each weight and token, and twice that again for the gradients.
     weights = sum(p.numel() for p in ours.parameters() if p.ndim == 2) - ours.embedding.weight.numel()
     attention = LAYERS * 2 * SIDE * SIDE * DIM  # of each token
     work = 6 * (weights + attention) * tokens.numel()
-    figures["share_of_matrix_rate"] = {
-        name: work / seconds / figures["matrix_rate"][VARIANTS[name][1]]
-        for name, seconds in figures["train_step"].items()
-    }
+    figures["share_of_matrix_rate"] = {}
+    for name, seconds in figures["train_step"].items():
+        figures["share_of_matrix_rate"][name] = work / seconds / rates[VARIANTS[name][1]]
     decoded = {f"{n} at a time": images_per_second(ours, tokens, coords, n, count) for n, count in ((1, 4), (64, 64))}
     figures["images decoded per second, 8 steps"] = decoded
     images = np.random.default_rng(0).random((1000, 64, 64, 3), dtype=np.float32)
     tokenizer = PatchTokenizer.fit(images[:100], CODES, 4, max_iter=3)
-    seconds = by_turns({"encode": lambda: tokenizer.encode(images)}, arguments.rounds, device)["encode"]
+    seconds = median_seconds(lambda: tokenizer.encode(images), arguments.rounds, device)
     figures["encode"] = {"seconds": seconds, "megabytes_per_second": images.size / 1e6 / seconds}
     if device.type == "cpu":
-        scripts = ("train_squares", "train_rectangles", "inpaint", "fid")
-        starts = {f"{script} --help": functools.partial(start_up, [f"{script}.py", "--help"]) for script in scripts}
-        starts["import torch alone"] = functools.partial(start_up, ["-c", "import torch"])
-        figures["help"] = by_turns(starts, arguments.rounds, device)
+        starts = [[f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles", "inpaint", "fid")]
+        starts.append(["-c", "import torch"])
+        seconds = [median_seconds(functools.partial(start_up, start), arguments.rounds, device) for start in starts]
+        figures["start"] = dict(zip(map(" ".join, starts), seconds, strict=True))
     write_figures(record, vars(arguments), figures, arguments.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])
