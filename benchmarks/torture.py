@@ -54,7 +54,8 @@ def make_good_files(folder):
     np.savez(folder / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
     torch.save(fid.Inception().state_dict(), folder / "weights.pth")  # large: never copied
     with contextlib.chdir(folder):
-        end_of(CATS)
+        outcome, text = end_of(CATS)
+        assert outcome == "succeeds", text
         shutil.move("out/model.pt", "model.pt")
         shutil.rmtree("out")
 
