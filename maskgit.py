@@ -88,12 +88,11 @@ def plus_plus(points, k, rng):
 
 def lloyd(points, centroids, max_iter, tol):
     """Move each centroid to the mean of its nearest points, until it stays; one without any to the farthest point."""
-    k = len(centroids)
     enough = tol * points.var(axis=0, dtype=np.float64).mean()
     labels = nearest_centroid(points, centroids)
     for _ in range(max_iter):
-        counts = np.bincount(labels, minlength=k)
-        sums = np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)  # (k, D) float64
+        counts = np.bincount(labels, minlength=len(centroids))
+        sums = np.stack([np.bincount(labels, column, len(counts)) for column in points.T], axis=1)  # (k, D) float64
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
@@ -333,13 +332,11 @@ class MaskGIT(nn.Module):
             self.log_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, tokens, coords):
-        dim = self.config["dim"]
+        dim, heads = self.config["dim"], self.config["heads"]
         positions = position_encoding(coords, dim, self.config["positions"])
         x = self.embedding(tokens) * math.sqrt(dim)  # (B, T, D)
         x = x + positions.to(x.dtype)
-        angles = None
-        if self.config["rotary"]:
-            angles = rotary_angles(coords, dim // self.config["heads"]).unsqueeze(-3)  # the same for all heads
+        angles = rotary_angles(coords, dim // heads).unsqueeze(-3) if self.config["rotary"] else None
         for block in self.blocks:
             x = block(x, angles)
         x = self.to_logits(self.last_norm(x))
@@ -394,8 +391,7 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, and where all
-    tokens are in one place it is all of them."""
+    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, a point all."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
@@ -435,11 +431,9 @@ def mask_of_kind(shape, kind, generator, coords):
         r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
         return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
     try:
-        share = 0.0 if kind == "single" else float(kind)
-        return random_mask(shape, share, generator)
+        return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
     except ValueError:
-        known = f"single, a share, {', '.join([*REGIONS, *SCHEDULES])}"
-        raise InputError(f"{kind!r} is no mask: choose {known}") from None
+        raise InputError(f"{kind!r} is no mask: choose single, a share, {', '.join([*REGIONS, *SCHEDULES])}") from None
 
 
 def masked_cross_entropy(logits, targets, mask, *, count=None):
@@ -477,12 +471,7 @@ def categorical(state):
     return tokens.clamp(max=cumulative.shape[1] - 1)  # uniform may round to the whole
 
 
-def likeliest(state):
-    """The most probable token each (R1): (n,)."""
-    return state.log_probs.argmax(dim=-1)
-
-
-SAMPLES = {"categorical": categorical, "argmax": likeliest}
+SAMPLES = {"categorical": categorical, "argmax": lambda state: state.log_probs.argmax(dim=-1)}  # R1's is argmax
 
 # An order is a function of a Step that says which of its tokens are committed now. If it returns priorities, float
 # (n,), the schedule says how many, and takes the highest. One that knows itself how many returns a bool (n,).
@@ -574,7 +563,7 @@ def decode(
         logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])
         if logits.shape != (*tokens[rows].shape, model.mask_id):
             raise InputError(
-                f"the model's logits are {tuple(logits.shape)}, not (b, T, {model.mask_id}): [MASK] has none"
+                f"the model's logits are {tuple(logits.shape)}, not (b, T, {model.mask_id}), without [MASK]"
             )
         row, place = hidden.nonzero(as_tuple=True)  # of the n hidden tokens
         logits = logits[hidden[rows]].float()  # (n, K)
@@ -590,7 +579,12 @@ def decode(
         state = Step(log_probs, row, place, all_coords, left, t, steps, generator)
         drawn = sample(state)
         choice = order(state._replace(tokens=drawn))
-        check_choice(drawn, choice, place, model.mask_id)
+        if not drawn.shape == choice.shape == place.shape:
+            raise InputError(
+                f"{tuple(drawn.shape)} samples, {tuple(choice.shape)} of the order, {len(place)} hidden tokens"
+            )
+        if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
+            raise InputError(f"a sample is none of the codes 0 .. {model.mask_id - 1}")
         if choice.dtype == torch.bool:  # the order's own pace, but at least the most certain token of each image
             chosen = torch.zeros_like(had).index_add(0, row, choice.long())
             left = (had - chosen.clamp(min=1)) * (t < last_step)
@@ -610,16 +604,7 @@ def check_tokens(tokens, mask, codes):
         raise InputError(f"tokens are integers, not {tokens.dtype}")
     tokens = tokens.long()  # beside uint8 the number 1024 would wrap round to 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
-        span = f"{int(tokens.min())} .. {int(tokens.max())}"
-        raise InputError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
-
-
-def check_choice(drawn, choice, place, codes):
-    for name, returned in (("sample", drawn), ("order", choice)):
-        if returned.shape != place.shape:
-            raise InputError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
-    if bool(((drawn < 0) | (drawn >= codes)).any()):
-        raise InputError(f"sample or order made a token that is none of the codes 0 .. {codes - 1}")
+        raise InputError(f"the tokens are {int(tokens.min())} .. {int(tokens.max())}, the codes 0 .. {codes - 1}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -813,8 +798,7 @@ def make_optimizers(model, recipe):
 
 
 def step_seed(seed, step, part=0):
-    """A seed for each step of a run and each part of it, such as a process or a sample. Up to a million steps and a
-    thousand parts no two are the same."""
+    """A seed for each part of each step of a run; no two are equal up to a million steps and a thousand parts."""
     return ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
 
 
@@ -891,8 +875,7 @@ def print_progress(state, steps, printed):
 
 
 def write_log(path, rows):
-    names = list(rows[0])
-    lines = [names, *([row[name] for name in names] for row in rows)]
+    lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
     with whole_file(path) as file:
         file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
@@ -906,8 +889,7 @@ def require_no_run(out, resume, force):
 
 
 def resume_run(path, model, optimizers, state, recipe, best_by):
-    """Bring all to where the run stopped that wrote the checkpoint; returns its best model, if any. InputError if its
-    model or recipe was another."""
+    """Bring all to where the checkpoint's run stopped; returns its best model, if any. InputError if it was another."""
     checkpoint = load_checkpoint(path)
     before = (checkpoint["config"] or {}) | checkpoint["model"].config  # both decide the weights
     now = plain(asdict(recipe) | model.config)
@@ -915,8 +897,6 @@ def resume_run(path, model, optimizers, state, recipe, best_by):
         if (was := before.get(name)) != now.get(name):
             raise InputError(f"{path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
     training = checkpoint["training"]
-    if training is None:
-        raise InputError(f"{path} holds a model alone, without the training to go on with")
     state.update(training["progress"])
     for part, saved in zip([model, *optimizers], [training["model"], *training["optimizers"]], strict=True):
         part.load_state_dict(saved)
@@ -964,8 +944,6 @@ def read_tensors(path):
 def load_checkpoint(path, device="cpu"):
     """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer or
     None), extra, config, step, and training, which train(resume=True) goes on from. InputError if it is damaged."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}")
     try:
         saved = read_tensors(path)
         model = MaskGIT(**saved["architecture"]).eval()
@@ -980,9 +958,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------
-# For the scripts
-#
-# Command line, records and pictures: a copy of this file may end here.
+# For the scripts: command line, records and pictures. A copy of this file may end here.
 
 import argparse
 import platform
@@ -1097,9 +1073,9 @@ def at_least(low):
 
 def run_as_script(main):
     """Call main(). Bad input (InputError, OSError) and too little memory end in one line on stderr and exit code 2,
-    Ctrl-C in 130. Of several processes the first alone writes to the screen."""
+    Ctrl-C in 130. Of several processes the first alone prints."""
     if process_rank()[0] > 0:
-        sys.stdout = None  # print() then does nothing
+        sys.stdout = None
     try:
         main()
     except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -1125,14 +1101,13 @@ def pick_device(name="auto"):
 
 
 def run_record():
-    """Where a number comes from: command, commit, whether files differed from it, machine, versions and date, as plain
-    values. To be asked at the start of a run, since the code may change while it runs."""
+    """Where a number comes from, asked at the start of a run, since the code may change meanwhile: plain values."""
     here = Path(__file__).resolve().parent
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(here) if script.is_relative_to(here) else script.name
     cpu_limits = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
     limits = [f"{name}={os.environ[name]}" for name in cpu_limits if name in os.environ]
-    git = f"git -C {shlex.quote(str(here))} describe --always --dirty --exclude '*'"
+    git = f"git -C {shlex.quote(str(here))} describe --always --dirty --exclude '*'"  # the commit, -dirty if changed
     failed, commit = subprocess.getstatusoutput(git)
     info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
@@ -1190,8 +1165,8 @@ def image_grid(images, columns, *, scale=1, gap=4, titles=()):
 
 def save_gif(path, frames):
     """PIL images as an endlessly repeated GIF that rests on the last one."""
-    durations = [400] * (len(frames) - 1) + [2000]  # milliseconds
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    milliseconds = [400] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
@@ -1203,8 +1178,8 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
     lines = {label: list(zip(*curve, strict=True)) for label, curve in curves.items()}
     xs = [x for line in lines.values() for x, _ in line]
     lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items()}
-    lowest = 0 if log_y else -math.inf
-    lines = {label: [(x, y) for x, y in line if lowest < y < math.inf] for label, line in lines.items()}
+    for label, line in lines.items():
+        lines[label] = [(x, y) for x, y in line if (0 if log_y else -math.inf) < y < math.inf]
     x_at, x_ticks = axis(xs, left, right)
     y_at, y_ticks = axis([y for line in lines.values() for _, y in line], bottom - 24, top, log_y)
     sheet = Image.new("RGB", (1800, 1100), "white")
@@ -1230,8 +1205,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
 
 def axis(values, start, end, log=False):
     """Where a value lies between the pixels `start` and `end`, and the round values among them."""
-    low = min(values)
-    high = max(values)
+    low, high = min(values), max(values)
     scale = math.log10 if log else float
     if log:
         ticks = [10.0**power * factor for power in range(-12, 13) for factor in (1, 2, 3, 5)]
