@@ -9,19 +9,19 @@ runs are killed at random moments and resumed, and must end with the weights of 
 
 import contextlib
 import io
-import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ import train_rectangles
 import train_squares
 from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {module.__name__: module for module in (train_squares, train_rectangles, inpaint, fid)}
+SCRIPTS = {module.__name__: module.main for module in (train_squares, train_rectangles, inpaint)}
+SCRIPTS["fid"] = lambda: runpy.run_path(fid.__file__, run_name="__main__")  # which names its errors by itself
 SMALL = "--dim 16 --heads 2 --layers 1 --device cpu --precision float32"
 SQUARES = f"train_squares {SMALL} --batch-size 16 --steps 1 --out out"
 RECTANGLES = f"train_rectangles {SMALL} --batch-size 4 --test-images 8 --steps 1 --out out"
@@ -49,8 +49,9 @@ def make_good_files(folder):
     """Of each kind one; a copy of this folder, but for what is laid out in it, is the current one of each call."""
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir()
-    PICTURE.save(folder / "images" / "a1.png")
-    Image.new("L", (16, 16), 255).save(folder / "masks" / "m1.png")
+    for i in (1, 2):  # a distance needs two
+        PICTURE.save(folder / "images" / f"a{i}.png")
+        Image.new("L", (16, 16), 255).save(folder / "masks" / f"m{i}.png")
     np.savez(folder / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
     torch.save(fid.Inception().state_dict(), folder / "weights.pth")  # large: never copied
     with contextlib.chdir(folder):
@@ -89,7 +90,7 @@ def damage_picture(rng):
 
 class Malicious:
     def __reduce__(self):  # what to call when it is unpickled
-        return os.mkdir, ("foreign code ran",)
+        return open, ("foreign code ran", "w")
 
 
 def earlier_run(rng):
@@ -114,7 +115,7 @@ DAMAGED = [  # name, what is laid out, call, what may come of it; these many tim
     ("damaged checkpoint", damage("model.pt"), FILL, ONE_LINE),
     ("damaged checkpoint to resume", damage("out/model.pt", "model.pt"), f"{CATS} --resume", ONE_LINE),
     ("damaged statistics", damage("statistics.npz"), STATISTICS, ONE_LINE),
-    ("damaged weights", damage("weights.pth", "../good/weights.pth"), f"{FEATURES} weights.pth", ONE_LINE),
+    ("damaged weights", damage("weights.pth", "../good/weights.pth"), f"{FEATURES} weights.pth", EITHER),
 ]
 ONCE = [
     ("checkpoint with code in it", lambda rng: torch.save(Malicious(), "model.pt"), FILL, ONE_LINE),
@@ -144,7 +145,7 @@ def end_of(call):
     signal.alarm(60)  # seconds
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            run_as_script(SCRIPTS[script].main)
+            run_as_script(SCRIPTS[script])
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -166,12 +167,11 @@ def outcome_of(lay_out, call, good, rng):
         lay_out(rng)
         before = {path: path.read_bytes() for path in Path().rglob("*.*")}
         outcome, text = end_of(call)
+        kept = outcome != "one line" or all(path.read_bytes() == content for path, content in before.items())
         if Path("foreign code ran").exists():
             outcome = "foreign code ran"
-        elif list(Path().rglob("*.partial")):
-            outcome = "half a file"
-        elif outcome == "one line" and any(path.read_bytes() != content for path, content in before.items()):
-            outcome = "overwritten"
+        elif list(Path().rglob("*.partial")) or not kept:
+            outcome = "half written or overwritten"
     shutil.rmtree(place)
     return outcome, text
 
@@ -190,7 +190,7 @@ def kill_and_resume(folder, kills, rng):
 
     def start(out, *options):
         command = [sys.executable, "-c", RUN, *SQUARES.split()[1:], "--steps", "60", "--out", out, *options]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return Popen(command, cwd=Path(fid.__file__).parent, stdout=DEVNULL, stderr=DEVNULL)
 
     def weights(out):
         return torch.cat([p.flatten() for p in load_checkpoint(out / "model.pt")["model"].parameters()])
