@@ -4,23 +4,33 @@
     python inpaint.py --data FOLDER --out runs/mine     the same on your own pictures
     python inpaint.py --checkpoint runs/inpaint/model.pt --images DIR --masks DIR --out DIR      fill holes
 
-A mask has its image's size: white is visible, black is the hole (--invert-masks: the other way round), and the name of
-its image, with "mask" or a number added, or its number. A token with any hole pixel is hidden, and predicted from the
-others; a small network, the painter, then corrects its pixels by those that are visible, which come back as they were.
-Files are of any format that Pillow reads.
+A token with any hole pixel is hidden, and predicted from the others; a small network, the painter, then corrects its
+pixels by those that are visible. A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 
-A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
+Pictures   are what Pillow reads in 8 bits, or grey in 16, where 65535 is white; one that is ten times darker is refused.
+Masks      have their picture's size. Brighter than half of white is visible, the rest is the hole (--invert-masks: the
+           other way round); of 0 and 1 alone, 1 is white. They are black and white, without transparency.
+Files      hold one image each, turned as their EXIF says. What begins with a dot is left out.
+Names      are compared without case: a mask has (a) its picture's name, (b) this with "mask" or "masks", digits right
+           after that and any of " _-." around it, or (c) the same last number. The first rule that gives each picture
+           one mask and each mask one picture is taken for all. In a folder of both, masks have "mask" in their names. A
+           single picture may leave masks over; a single mask serves all pictures.
+Results    are PNGs of their pictures' names. What was visible is unchanged, as are transparency and colour profile; only
+           what is neither grey nor RGB of 8 bits becomes that. Nothing is overwritten without --force.
 """
 
 import collections
 import functools
 import hashlib
+import io
 import itertools
 import math
+import os
 import re
 import sys
 import tempfile
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from maskgit import InputError, setting
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import nn
 
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
@@ -103,62 +113,81 @@ class Filling:
 
 
 def picture_files(path, apart=()):
-    """The picture files of a folder in the order of their names, or the file itself. Hidden ones are none, nor what is
-    `apart`: some files or folders. How many others are left out is printed by suffix."""
+    """The picture files in a folder and its folders, in the order of their names, or the file itself; but for hidden
+    ones, and for what is `apart`: some files or folders. How many others are left out is printed by suffix."""
     if path.is_file():
         return [path]
-    root = path.resolve()
     apart = {each.resolve() for each in apart if each}
+    if path.resolve() in apart:
+        raise InputError(f"{path} cannot be read from and written to: --out renames")
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = []
     others = collections.Counter()
-    for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or any(root / each in apart for each in (inside, *inside.parents)):
-            continue
-        if file.is_dir():
-            others["linked folder"] += file.is_symlink()  # Python does not look into it
-        elif file.suffix.lower() in known:
-            files.append(file)
-        else:
-            others[file.suffix.lower() or "no suffix"] += 1
+
+    def fail(error):
+        raise error
+
+    for folder, folders, names in os.walk(path, onerror=fail):
+        wanted = [Path(folder, name) for name in folders + names if not name.startswith(".")]
+        wanted = [each for each in wanted if each.resolve() not in apart]
+        folders[:] = [each.name for each in wanted if each.is_dir()]
+        for each in wanted:
+            if each.is_dir():
+                others["linked folder"] += each.is_symlink()  # os.walk does not look into it
+            elif each.suffix.lower() in known:
+                files.append(each)
+            else:
+                others[each.suffix.lower() or "no suffix"] += 1
     if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
         print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
-        raise InputError(f"there are no pictures in {path}, or --out holds them all")
-    return files
+        raise InputError(f"{path} holds no pictures")
+    return sorted(files)
 
 
-def read_image(file, prepare):
-    """What prepare(image) makes of the image in a file, upright as its EXIF says; InputError if either fails."""
+FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
+FLIPS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
+
+
+READ = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N")  # modes
+
+
+def read_image(file):
+    """The only image in a file, upright as its EXIF says, of 8 bits or grey of 16; or InputError."""
     try:
         with Image.open(file) as image:
-            return prepare(ImageOps.exif_transpose(image))
+            image.load()
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO is a telephone's JPEG
     except Exception as error:  # Pillow raises many types
-        raise InputError(f"{file} cannot be read: {error}") from None
-
-
-# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
-WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
-
-
-def eight_bits(image):
-    """The image, with levels of more than 8 bits or of floats brought to 8."""
-    if image.mode not in WHITE:
-        return image
-    values = np.asarray(image).astype(np.float32)
-    low, high = values.min(), values.max()
-    scales = WHITE[image.mode]
-    white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
-    if not low >= -0.01 * white or not white:
-        raise InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
-    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
+        raise InputError(f"{file} cannot be read: {error or type(error).__name__}") from None
+    if frames > 1:
+        raise InputError(f"{file} holds {frames} images: save the one that is meant")
+    if image.mode not in READ:
+        raise InputError(f"{file} has the mode {image.mode}: save it as RGB with 8 bits")
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a broken EXIF counts as none
+        orientation = 1
+    return image.transpose(Image.Transpose[FLIPS[orientation]]) if orientation in FLIPS else image
 
 
 def read_picture(file):
-    """The picture in a file, in RGB."""
-    return read_image(file, lambda image: eight_bits(image).convert("RGB"))
+    """The picture in a file, of mode L, LA, RGB or RGBA, with its colour profile."""
+    image = read_image(file)
+    profile = None if image.mode in ("CMYK", "YCbCr") else image.info.get("icc_profile")
+    grey = image.mode[0] in "1LI"
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        if levels.max() < 65535 / 10:
+            raise InputError(f"{file} has 16 bits, but its brightest value is {levels.max()}: save it with 8 bits")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = image.convert("LA") if grey else image
+    else:
+        image = image.convert("L" if grey else "RGB")
+    image.info["icc_profile"] = profile
+    return image
 
 
 Split = collections.namedtuple("Split", "training validation test")  # pictures (N, size, size, 3) uint8 each
@@ -176,12 +205,15 @@ def open_pictures(folder, cartoons, size, seed, out=None):
     files = [tempfile.TemporaryFile() for _ in Split._fields]  # noqa: SIM115  they are closed with the arrays
     distinct = {}  # digest: part
     duplicates = 0
+    transparent = 0
     for source in sources:
         try:
             image = read_picture(source) if folder else Image.fromarray(source)
         except InputError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
+        transparent += image.has_transparency_data
+        image = image.convert("RGB")
         pixels = np.asarray(image)
         digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
         if digest in distinct:
@@ -190,9 +222,14 @@ def open_pictures(folder, cartoons, size, seed, out=None):
         number = int.from_bytes(digest[:6], "big") / 2**48  # in [0, 1)
         distinct[digest] = np.searchsorted(PART_ENDS, number, side="right")  # 0, 1 or 2
         small = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-        files[distinct[digest]].write(small.tobytes())
+        try:
+            files[distinct[digest]].write(small.tobytes())
+        except OSError as error:
+            raise InputError(f"{tempfile.gettempdir()} (TMPDIR) cannot hold the pictures: {error.strerror}") from None
     if folder:
         print(f"{folder}: {len(distinct)} distinct pictures, {duplicates} duplicates left out")
+    if transparent:
+        print(f"{folder}: {transparent} pictures lost their transparency")
     if len(set(distinct.values())) < 3:
         raise InputError(f"{len(distinct)} distinct pictures are too few for training, validation and test")
     split = Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
@@ -328,6 +365,11 @@ class Inpainter(NamedTuple):
     model: nn.Module
     tokenizer: maskgit.PatchTokenizer  # or what encodes and decodes like one
     painter: nn.Module | None  # None leaves pictures as they are decoded
+    precision: str  # of the model's answers
+
+    def answering(self):
+        """The context in which the model is asked."""
+        return maskgit.precision_context(next(self.model.parameters()).device, self.precision)
 
 
 def token_mask(tokenizer, holes):
@@ -346,10 +388,9 @@ def model_input(inpainter, images, holes):
     return [tensor.to(next(inpainter.model.parameters()).device) for tensor in tensors]
 
 
-def fill(inpainter, images, holes, filling, seed=0, trace=None, whole=False):
-    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled in the way of a Filling; trace goes to decode. `whole`
-    gives all of a picture as its tokens have it, not the hole alone."""
-    model, tokenizer, painter = inpainter
+def fill(inpainter, images, holes, filling, seed=0, trace=None):
+    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled in the way of a Filling; trace goes to decode."""
+    tokenizer = inpainter.tokenizer
     tokens, mask, coords = model_input(inpainter, images, holes)
     if filling.sample == "mean":
         decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence makes strokes in photographs worse
@@ -362,10 +403,10 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None, whole=False):
         options |= dict(temperature=filling.temperature, generator=generator, trace=trace)
         if filling.evidence:
             options["evidence"] = pixel_evidence(tokenizer, images, holes).to(tokens.device)
-        with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
-            tokens = maskgit.decode(model, tokens, mask, coords, **options)
+        with inpainter.answering():
+            tokens = maskgit.decode(inpainter.model, tokens, mask, coords, **options)
         decoded = decode_tokens(tokenizer, tokens)
-    return into_holes(decoded, images, holes | whole, None if whole else painter)
+    return into_holes(decoded, images, holes, inpainter.painter)
 
 
 def fill_in_batches(inpainter, images, holes, filling, seed=0):
@@ -381,8 +422,8 @@ def fill_in_batches(inpainter, images, holes, filling, seed=0):
 def expected_pictures(inpainter, tokens, mask, coords):
     """Pictures (B, S, S, 3) of tokens (B, T), where a hidden one is the mean of the centroids by the probabilities that
     one pass gives: of all fillings that of the least squared error."""
-    model, tokenizer, _ = inpainter
-    with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
+    model, tokenizer = inpainter.model, inpainter.tokenizer
+    with inpainter.answering():
         logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
     centroids = torch.from_numpy(tokenizer.centroids).to(tokens.device)
     patches = torch.where(mask[..., None], logits.softmax(dim=-1) @ centroids, centroids[tokens])  # (B, T, D)
@@ -558,10 +599,10 @@ def make_batch(recipe, tokenizer, pictures):
 def train_model(recipe, tokenizer, painter, split, device, **options):
     """An Inpainter whose model did best in the holes of validation pictures, and the rows of its log."""
     batch = make_batch(recipe, tokenizer, split.training)
-    inpainter = Inpainter(recipe.new_model(recipe.codes, device), tokenizer, painter)
+    inpainter = Inpainter(recipe.new_model(recipe.codes, device), tokenizer, painter, recipe.precision)
     validation = with_holes(split.validation[:200], recipe.hole, VALIDATION_SEED)
     inputs = list(input_batches(inpainter, *validation))
-    options |= dict(best_by="validation", validate=lambda model: {"validation": cross_entropy(model, inputs)})
+    options |= dict(best_by="validation", validate=lambda model: {"validation": cross_entropy(inpainter, inputs)})
     if painter is not tokenizer:  # a VQGAN, which is both, stays in its own file
         options |= dict(tokenizer=tokenizer, extra=painter.state_dict())
     return inpainter, maskgit.train(inpainter.model, batch, recipe, **options)
@@ -579,11 +620,12 @@ def input_batches(inpainter, images, holes, informed=False):
 
 
 @torch.no_grad()
-def cross_entropy(model, inputs):
+def cross_entropy(inpainter, inputs):
     """Nats per hidden token of input_batches, all of them hidden at once."""
+    model = inpainter.model
     total, count = 0.0, 0
     for tokens, mask, coords, true, evidence in inputs:
-        with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
+        with inpainter.answering():
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
         hidden = int(mask.sum())
         total += float(maskgit.masked_cross_entropy(logits + evidence, true, mask)) * hidden
@@ -622,7 +664,7 @@ def structural_similarity(x, y):
 def score(inpainter, test, seen, filling, seeds):
     """All scores of a run: of test images with holes, so many draws of each, and of some that were seen in training."""
     images, holes = test
-    model, tokenizer, painter = inpainter
+    tokenizer, painter = inpainter.tokenizer, inpainter.painter
     rows = []
 
     def add(name, filled, **more):
@@ -638,10 +680,10 @@ def score(inpainter, test, seen, filling, seeds):
     as_set = {}
     for name, other in {"seen": seen, **{kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}}.items():
         as_set[name] = picture_scores(*other, fill_in_batches(inpainter, *other, filling))
-    entropies = {"test": cross_entropy(model, input_batches(inpainter, *test))}
-    entropies["seen"] = cross_entropy(model, input_batches(inpainter, *seen))
+    entropies = {"test": cross_entropy(inpainter, input_batches(inpainter, *test))}
+    entropies["seen"] = cross_entropy(inpainter, input_batches(inpainter, *seen))
     if tokenizer.centroids is not None:  # as a VQGAN has none
-        entropies["with evidence"] = cross_entropy(model, input_batches(inpainter, *test, informed=True))
+        entropies["with evidence"] = cross_entropy(inpainter, input_batches(inpainter, *test, informed=True))
     hidden = {"pixels": float(holes.mean()), "tokens": float(token_mask(tokenizer, holes).float().mean())}
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
@@ -678,7 +720,8 @@ def save_pictures(out, inpainter, images, holes, filling, history):
     filled = [fill_in_batches(inpainter, images, holes, filling, seed) for seed in range(3)]
     columns = np.stack([grey, *filled, images], axis=1)
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
-    frames = [grey, *trace_pictures(inpainter, images, holes, replace(filling, sample="categorical"))]
+    sample = "categorical" if filling.sample == "mean" else filling.sample  # the mean comes in one step
+    frames = [grey, *trace_pictures(inpainter, images, holes, replace(filling, sample=sample))]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
     curves = {"training": (steps, training), "validation": (steps, validation)}
@@ -710,108 +753,90 @@ def sheet(pictures, titles=()):
 # ---------------------------------------------------------------------------------------------------
 # Filling files
 
-MASK = re.compile("masks?")
+AROUND_MASK = " _-."  # separators
 
 
-def name_keys(name, is_mask):
-    """For each rule by which the names of a picture and its mask agree the keys of which they share one, the strictest
-    rule first: the same name; that without the mask's word; that without the word and a number beyond it; all numbers;
-    the last one."""
-    plain = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
-    without = {plain}
-    uncounted = plain
-    if is_mask:
-        parts = [(plain[: word.start()].strip("_"), plain[word.end() :].strip("_")) for word in MASK.finditer(plain)]
-        without = {"_".join(filter(None, both)) for both in parts}
-        uncounted = re.sub(rf"_?{MASK.pattern}_?\d+$|^\d+_?{MASK.pattern}_?", "", plain)
-    numbers = tuple(map(int, re.findall(r"\d+", name)))
-    return [{name}, without, {uncounted}, {numbers} - {()}, {numbers[-1:]} - {()}]
+def name_keys(file, is_mask):
+    """By each of the three rules what a picture and its mask have in common: the name; the mask's without "mask"; the
+    last number, or None."""
+    name = unicodedata.normalize("NFC", file.stem.casefold())
+    without = name
+    if is_mask and (words := list(re.finditer(r"masks?\d*", name))):
+        last = words[-1]
+        without = name[: last.start()].rstrip(AROUND_MASK) + name[last.end() :].lstrip(AROUND_MASK)
+    numbers = re.findall(r"\d+", name)
+    return name, without, int(numbers[-1]) if numbers else None
 
 
-def pair_by_name(pictures, masks):
-    """{picture: mask} of those that belong together; InputError where their names leave that open."""
-    pairs = {}
-    taken = set()
-    for rule in range(5):
-        groups = collections.defaultdict(lambda: (set(), set()))  # of each key its pictures and its masks
-        for file in (pictures | masks).difference(pairs, taken):
-            for key in name_keys(file.stem, file in masks)[rule]:
-                groups[key][file in masks].add(file)
-        for some, theirs in groups.values():
-            if some and theirs:
-                if len(some | theirs) > 2 or theirs <= taken:
-                    raise InputError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
-                pairs[min(some)] = min(theirs)
-                taken |= theirs
-    return pairs
+def pair_by_name(pictures, masks, some_masks):
+    """{picture: mask} by the first rule that gives each picture a mask of its own and, unless only `some_masks` belong
+    to them, leaves none over."""
+    for rule in range(3):
+        by_key = collections.defaultdict(list)
+        for mask in masks:
+            by_key[name_keys(mask, True)[rule]].append(mask)
+        del by_key[None]
+        found = {picture: by_key[name_keys(picture, False)[rule]] for picture in pictures}
+        pairs = {picture: theirs[0] for picture, theirs in found.items() if len(theirs) == 1}
+        if len(pairs) == len(set(pairs.values())) == len(pictures) and (some_masks or len(pairs) == len(masks)):
+            return pairs
+    both = f"{len(pictures)} pictures ({listed(pictures)}) and {len(masks)} masks ({listed(masks)})"
+    raise InputError(f"by their names {both} do not belong together one by one; --help has the rules")
 
 
-def listed(things):
-    """Some of them, and how many more there are."""
-    names = list(map(str, things))
-    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
+def listed(files):
+    """The names of some of them."""
+    return ", ".join([file.name for file in files[:3]] + ["..."] * (len(files) > 3))
 
 
 def pair_files(images, masks, out):
     """[(picture, mask)] of two folders, of one that holds both, or of single files; one mask serves all pictures."""
     together = images.is_dir() and images.resolve() == masks.resolve()
-    pictures = set(picture_files(images, [out] if together else [out, masks]))
+    pictures = picture_files(images, [out] if together else [out, masks])
     if masks.is_file():
-        return [(picture, masks) for picture in sorted(pictures)]
+        return [(picture, masks) for picture in pictures]
     if together:
-        holes = {file for file in pictures if MASK.search(file.stem.lower())}
-        pictures -= holes
+        holes = [file for file in pictures if "mask" in file.stem.lower()]
+        pictures = [file for file in pictures if file not in holes]
     else:
-        holes = set(picture_files(masks, [out, images]))
-    pairs = pair_by_name(pictures, holes)
-    if lonely := pictures - pairs.keys():
-        raise InputError(f"no mask has the name or the number of {listed(sorted(lonely))}")
-    if (lonely := holes.difference(pairs.values())) and not images.is_file():
-        raise InputError(f"no picture has the name or the number of {listed(sorted(lonely))}")
-    return sorted(pairs.items())
+        holes = picture_files(masks, [out, images])
+    return sorted(pair_by_name(pictures, holes, images.is_file()).items())
 
 
-def white_pixels(image):
-    """Which pixels of a mask are white: bool (H, W). In a file that has only 0 and 1, those of 1; in a palette, if that
-    is the lighter one. InputError if they are transparent in part, or most of them neither black nor white, or if all
-    that differ are on one side of the middle."""
+def read_mask(file, invert):
+    """The hole that a mask leaves: bool (H, W)."""
+    image = read_image(file)
     if image.has_transparency_data and np.ptp(image.convert("RGBA").getchannel("A").getextrema()):
-        raise InputError("what its transparency means is open; save it without, the hole in black, the rest in white")
-    grey = eight_bits(image.convert("RGB") if len(image.getbands()) > 1 else image).convert("L")
-    levels = np.asarray(grey)
-    values = np.asarray(image if len(image.getbands()) == 1 else grey)
-    if np.isin(values, (0, 1)).all():
-        zeros = levels[values == 0]
-        ones = levels[values == 1]
-        if image.mode != "P" or (zeros.size and ones.size and zeros[0] < ones[0]):
-            return values == 1
+        raise InputError(f"{file} is transparent in part: save it without, the hole in black, the rest in white")
+    levels = np.asarray(image if image.mode.startswith("I;16") else image.convert("RGB").convert("L"))
+    white = 65535 if image.mode.startswith("I;16") else 255
+    if levels.max() <= 1:  # of 0 and 1 alone
+        white = 1
     low, high = levels.min(), levels.max()
-    one_sided = low < high and (low > 127 or high <= 127)
-    if one_sided or np.mean((levels < 32) | (levels > 223)) <= 0.5:
-        few = listed(f"{value:g}" for value in np.unique(values))
-        raise InputError(f"it is no mask in black and white: its values are {few}")
-    return levels > 127
+    one_sided = low < high and (low > white / 2 or high <= white / 2)
+    if one_sided or np.mean((levels > white / 8) & (levels < white * 7 / 8)) >= 0.5:
+        raise InputError(f"{file} is no mask in black and white: its values are {low} to {high}, and white is {white}")
+    return (levels > white / 2) == invert
 
 
 def read_pair(picture, mask, invert):
-    """A picture (H, W, 3) uint8 and its hole (H, W)."""
-    image = np.asarray(read_picture(picture))
-    white = read_image(mask, white_pixels)
-    hole = white if invert else ~white
-    if image.shape[:2] != hole.shape:
-        sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, hole), (picture, image))]
-        raise InputError(f"{', '.join(sizes)}; a mask has its image's size")
+    """A picture of read_picture, and its hole (H, W)."""
+    image = read_picture(picture)
+    hole = read_mask(mask, invert)
+    if image.size != hole.shape[::-1]:
+        sizes = f"{mask} is {hole.shape[1]}x{hole.shape[0]}, {picture} is {image.width}x{image.height}"
+        raise InputError(f"{sizes}; a mask has its image's size")
     return image, hole
 
 
 def shrunk(image, hole, size):
-    """Both in size x size: a pixel with any part of the hole belongs to it."""
-    arrays = (image, hole.astype(np.float32))
+    """The RGB pixels of a picture, and its hole, in size x size: a pixel with any part of the hole belongs to it."""
+    arrays = (np.asarray(image.convert("RGB")), hole.astype(np.float32))
     small = [np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BOX)) for a in arrays]
     return small[0], small[1] > 0
 
 
-def open_model(path, device):
+def open_model(path, device, precision):
     """The Inpainter that a run of this script has left, and the run's settings."""
     checkpoint = maskgit.load_checkpoint(path, device)
     painter = Painter().to(device).eval()
@@ -819,96 +844,53 @@ def open_model(path, device):
         painter.load_state_dict(checkpoint["extra"])
     except (RuntimeError, TypeError):
         raise InputError(f"{path} is no checkpoint of inpaint.py, or an old one: it holds no painter") from None
-    return Inpainter(checkpoint["model"], checkpoint["tokenizer"], painter), checkpoint["config"]
+    return Inpainter(checkpoint["model"], checkpoint["tokenizer"], painter, precision), checkpoint["config"]
 
 
-def weights_digest(network):
-    """SHA-256 of the weights of a network."""
-    weights = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in network.state_dict().values()]
-    return hashlib.sha256(b"".join(weights)).hexdigest()
-
-
-def result_files(picture, out, samples):
-    """What filling a picture writes: a file, or one for each sample and, where nobody takes it for another result, one
-    with all in a row."""
-    if samples == 1:
-        return [out / f"{picture.stem}.png"]
-    return [*(out / f"{picture.stem}_{i}.png" for i in range(1, samples + 1)), out / "rows" / f"{picture.stem}.png"]
-
-
-def require_free(files, pairs, overwrite):
+def require_free(results, pairs, overwrite):
     """InputError if one of the files is another result, what is to be filled, or there already."""
     given = {file.resolve() for pair in pairs for file in pair}
-    for file, count in collections.Counter(files).items():
+    for file, count in collections.Counter(results).items():
         if count > 1:
             raise InputError(f"two pictures would become {file}; fill their folders one at a time")
         if file.resolve() in given:
             raise InputError(f"{file} is read from and would be written to; --out renames")
         if file.exists() and not overwrite:
-            raise InputError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
+            raise InputError(f"{file} exists; --force overwrites, --out renames")
 
 
-def examine(pairs, invert, way):
-    """A digest of pictures, their masks and the way to fill them."""
-    digest = hashlib.sha256(repr(way).encode())
-    for picture, mask in pairs:
-        image, hole = read_pair(picture, mask, invert)
-        if hole.all() or not hole.any():
-            print(f"{picture}: by {mask} {'nothing is visible' if hole.all() else 'there is no hole'}")
-        digest.update(image.tobytes() + hole.tobytes())
-    return digest.hexdigest()
-
-
-def require_results(files, digest):
-    """InputError if one of the files is there, but not a result of what has that digest."""
-    for file in files:
-        if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
-            raise InputError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
-
-
-def write_results(results, image, hole, filled, digest):
-    """The picture (H, W, 3) with its hole (H, W) from each of the smaller ones, and if these are several all in a row;
-    of the files of results {file: whether it is missing} those that are."""
-    pictures = []
-    for small in filled:
-        large = Image.fromarray(small).resize(hole.shape[::-1], Image.Resampling.BICUBIC)
-        pictures.append(paste(image, hole, np.asarray(large)))
-    if len(results) > 1:
-        pictures.append(np.concatenate([image, *pictures], axis=1))
-    header = PngImagePlugin.PngInfo()
-    header.add_text("filling", digest)
-    for (file, missing), pixels in zip(results.items(), pictures, strict=True):
-        if missing:
-            with maskgit.whole_file(file) as whole:
-                Image.fromarray(pixels).save(whole, format="PNG", pnginfo=header)
+def write_result(file, picture, hole, small):
+    """A PNG of the picture, with its hole from a smaller one that is filled (S, S, 3)."""
+    large = np.asarray(Image.fromarray(small).resize(picture.size, Image.Resampling.BICUBIC))
+    result = Image.fromarray(paste(np.asarray(picture.convert("RGB")), hole, large)).convert(picture.mode.rstrip("A"))
+    if picture.mode.endswith("A"):
+        result.putalpha(picture.getchannel("A"))
+    buffer = io.BytesIO()
+    result.save(buffer, "PNG", icc_profile=picture.info["icc_profile"])
+    maskgit.write_whole(file, buffer.getbuffer())
 
 
 def fill_files(inpainter, size, filling, arguments, seed):
-    """Fill the holes of files by a model of pictures of that size: a PNG for each; with --samples a PNG for each of
-    those, and all in a row. All files are read before one is written. Results carry a digest of what they were made
-    of, by which --resume knows them."""
+    """Fill the holes of files by a model of pictures of that size: a PNG for each, or for each of --samples. All files
+    are read before one is written."""
     pairs = pair_files(arguments.images, arguments.masks, arguments.out)
-    results = [result_files(picture, arguments.out, arguments.samples) for picture, _ in pairs]
-    require_free(itertools.chain(*results), pairs, arguments.force or arguments.resume)
-    networks = [weights_digest(network) for network in (inpainter.model, inpainter.painter)]
-    way = [asdict(filling), seed, arguments.samples, arguments.whole, size, networks]
-    batches = [slice(start, start + AT_ONCE) for start in range(0, len(pairs), AT_ONCE)]
-    digests = [examine(pairs[rows], arguments.invert_masks, [way, rows.start]) for rows in batches]
-    if arguments.resume:
-        for rows, digest in zip(batches, digests, strict=True):
-            require_results(itertools.chain(*results[rows]), digest)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for rows, digest in zip(batches, digests, strict=True):
-        missing = [{file: arguments.force or not file.exists() for file in files} for files in results[rows]]
-        if not any(any(files.values()) for files in missing):
-            continue
+    endings = [""] if arguments.samples == 1 else [f"_{i}" for i in range(1, arguments.samples + 1)]
+    results = [[arguments.out / f"{picture.stem}{ending}.png" for ending in endings] for picture, _ in pairs]
+    require_free(itertools.chain(*results), pairs, arguments.force)
+    for picture, mask in pairs:
+        _, hole = read_pair(picture, mask, arguments.invert_masks)
+        if hole.all() or not hole.any():
+            print(f"{picture}: by {mask} {'nothing is visible' if hole.all() else 'there is no hole'}")
+    for start in range(0, len(pairs), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
         small = [shrunk(*read_pair(*pair, arguments.invert_masks), size) for pair in pairs[rows]]
         images, holes = map(np.stack, zip(*small, strict=True))
-        seeds = [maskgit.step_seed(seed, rows.start, i) for i in range(arguments.samples)]
-        samples = [fill(inpainter, images, holes, filling, each, whole=arguments.whole) for each in seeds]
-        for pair, files, *filled in zip(pairs[rows], missing, *samples, strict=True):
-            image, hole = read_pair(*pair, arguments.invert_masks)
-            write_results(files, image, hole | arguments.whole, filled, digest)
+        seeds = [maskgit.step_seed(seed, start, i) for i in range(arguments.samples)]
+        samples = [fill(inpainter, images, holes, filling, each) for each in seeds]
+        for pair, files, *filled in zip(pairs[rows], results[rows], *samples, strict=True):
+            picture, hole = read_pair(*pair, arguments.invert_masks)
+            for file, sample in zip(files, filled, strict=True):
+                write_result(file, picture, hole, sample)
     print(f"{len(pairs)} pictures filled at the model's {size}x{size}, only their holes pasted back: {arguments.out}")
 
 
@@ -930,12 +912,11 @@ def command_line(description, recipe, filling, out):
     add = parser.add_argument_group("files to fill, instead of a training").add_argument
     add("--checkpoint", type=Path, help="fill by this model")
     add("--images", type=Path, help="folder of pictures, or one file")
-    add("--masks", type=Path, help="of their masks, of the same names or numbers; or one file for all")
+    add("--masks", type=Path, help="folder of their masks, or one file for all")
     add("--invert-masks", action="store_true", help="white is the hole, not black")
-    add("--whole", action="store_true", help="decode the visible pixels, too, as the reports do")
     add("--samples", type=maskgit.at_least(1), default=1, help="different results for each picture")
     add = parser.add_argument_group("pictures and scores of a training").add_argument
-    add("--data", type=Path, help="folder of pictures; if it is not given, cartoon cats")
+    add("--data", type=Path, help="folder of pictures, kept in TMPDIR meanwhile; if not given, cartoon cats")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
     add("--score-seeds", type=maskgit.at_least(1), default=1, help="draws behind each row of the table")
     maskgit.add_flags(parser, type(filling), **asdict(filling))
@@ -948,8 +929,9 @@ def defaults_of(arguments):
     return PRESETS.get(arguments.preset, {}) | ({"out": Path("runs/filled")} if arguments.images else {})
 
 
-FILLS_ONLY = {"invert_masks", "whole", "samples"}
-TRAINS_ONLY = {"preset", "data", "test_images", "score_seeds", "json", *asdict(Inpainting())} - {"seed"}
+FILLS_ONLY = {"invert_masks", "samples"}
+TRAINS_ONLY = {"preset", "data", "test_images", "score_seeds", "json", "resume", *asdict(Inpainting())}
+TRAINS_ONLY -= {"seed", "precision"}
 
 
 def require_flags(parser, arguments, model):
@@ -974,8 +956,8 @@ def parse_arguments():
 def tokenizer_and_painter(arguments, recipe, pictures, device):
     """Those of the run that is resumed, or new ones."""
     if arguments.resume:
-        (_, tokenizer, painter), _ = open_model(arguments.out / "model.pt", device)
-        return tokenizer, painter
+        before, _ = open_model(arguments.out / "model.pt", device, recipe.precision)
+        return before.tokenizer, before.painter
     arguments.out.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
     some = pictures[:1200] / np.float32(255)
     tokenizer = maskgit.PatchTokenizer.fit(some, recipe.codes, recipe.patch, seed=recipe.seed)
@@ -1007,18 +989,19 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
     figures["validation"] = min(row["validation"] for row in history)
     seconds = {"prepared": prepared - started, "trained": history[-1]["seconds"], "scored": time.monotonic() - trained}
     figures["seconds"] = {name: round(value) for name, value in seconds.items()}
-    settings = vars(arguments) | asdict(recipe) | asdict(filling)
-    maskgit.write_figures(record, settings, figures, out / "metrics.json", arguments.json)
     print_scores(figures)
     save_pictures(out, inpainter, *(each[:8] for each in test), filling, history)
     print("pictures:", *sorted(out.glob("*.png")), out / "decode.gif")
+    settings = vars(arguments) | asdict(recipe) | asdict(filling)
+    maskgit.write_figures(record, settings, figures, out / "metrics.json", arguments.json)
 
 
 def main():
     record = maskgit.run_record()
     arguments, recipe, filling = parse_arguments()
     if arguments.checkpoint:
-        inpainter, run = open_model(arguments.checkpoint, maskgit.pick_device(arguments.device))
+        device = maskgit.pick_device(arguments.device)
+        inpainter, run = open_model(arguments.checkpoint, device, recipe.for_device(device).precision)
         fill_files(inpainter, run["size"], filling, arguments, recipe.seed)
     else:
         train_and_score(record, arguments, recipe, filling)

@@ -13,6 +13,7 @@ Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are 
 
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -174,11 +175,9 @@ def image_patches(images, patch, stride):
 def stitch_patches(patches, patch, stride):
     """Images (B, H, W, C) of such patches (B, h, w, patch * patch * C): their mean where they overlap."""
     b, h, w, size = patches.shape
-    height = (h - 1) * stride + patch
-    width = (w - 1) * stride + patch
     pixels = patches.reshape(b, h, w, patch, patch, size // patch**2)
-    total = np.zeros((b, height, width, pixels.shape[-1]), dtype=np.float32)
-    count = np.zeros((height, width, 1), dtype=np.float32)
+    total = np.zeros((b, (h - 1) * stride + patch, (w - 1) * stride + patch, pixels.shape[-1]), dtype=np.float32)
+    count = np.zeros((*total.shape[1:3], 1), dtype=np.float32)
     for y, x in np.ndindex(patch, patch):  # one pixel of all patches at once
         rows = slice(y, y + (h - 1) * stride + 1, stride)
         columns = slice(x, x + (w - 1) * stride + 1, stride)
@@ -378,7 +377,7 @@ def random_mask(shape, ratio, generator=None):
         raise InputError("the share of hidden tokens must lie between 0 and 1")
     count = (ratio.expand(rows) * tokens - ROUNDING).ceil().long().clamp(min=1)
     # argsort says which number comes at each rank, and argsort of that the rank of each number.
-    rank = torch.rand(rows, tokens, generator=generator).argsort(dim=1).argsort(dim=1)
+    rank = torch.rand(rows, tokens, generator=generator, dtype=torch.float32).argsort(dim=1).argsort(dim=1)
     return rank < count[:, None]
 
 
@@ -428,7 +427,7 @@ def mask_of_kind(shape, kind, generator, coords):
         return REGIONS[kind](coords.expand(*shape, 2), generator)
     if kind in SCHEDULES:
         # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
-        r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
+        r = (torch.arange(rows) + torch.rand(rows, generator=generator, dtype=torch.float32)) / rows
         return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
     try:
         return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
@@ -602,8 +601,7 @@ def check_tokens(tokens, mask, codes, visible_only=False):
         raise InputError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"tokens are integers, not {tokens.dtype}")
-    tokens = tokens[~mask] if visible_only else tokens
-    tokens = tokens.long()  # beside uint8 the number 1024 would wrap round to 0
+    tokens = (tokens[~mask] if visible_only else tokens).long()  # beside uint8 the number 1024 would wrap round to 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
         raise InputError(f"the tokens are {int(tokens.min())} .. {int(tokens.max())}, the codes 0 .. {codes - 1}")
 
@@ -674,6 +672,7 @@ def precision_context(device, precision):
 
 
 CHECKPOINT_SECONDS = 120  # between two checkpoints
+STATUS = dict(training=False, checkpoint=None, signal=None)  # train says the first two; a signal tells it to stop
 DROPOUT = 500  # the part of step_seed that dropout begins at; batches have part 0
 
 
@@ -714,7 +713,8 @@ def train(
     saved = printed = time.monotonic()
     row_every = max(1, recipe.steps // recipe.log_rows)
     model.train()
-    while state["step"] < recipe.steps:
+    STATUS.update(training=True, signal=None)
+    while state["step"] < recipe.steps and not STATUS["signal"]:
         torch.manual_seed(step_seed(recipe.seed, state["step"], DROPOUT + rank))
         tokens, mask, coords = batch(state["step"])
         check_tokens(tokens, mask, model.mask_id)
@@ -734,7 +734,7 @@ def train(
         printed = print_progress(state, recipe.steps, printed)
         last = state["step"] == recipe.steps
         row_due = last or state["step"] % row_every == 0
-        checkpoint_due = out and (last or time.monotonic() - saved > CHECKPOINT_SECONDS)
+        checkpoint_due = out and (last or STATUS["signal"] or time.monotonic() - saved > CHECKPOINT_SECONDS)
         if row_due or checkpoint_due:
             require_finite(model, state)
         if row_due:
@@ -754,7 +754,11 @@ def train(
             training = dict(progress=state, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers])
             belongings = dict(tokenizer=tokenizer, extra=extra, config=asdict(recipe))
             save_checkpoint(path, best or model, step=state["step"], training=training, **belongings)
+            STATUS["checkpoint"] = path
             saved = time.monotonic()
+    STATUS["training"] = False
+    if STATUS["signal"]:
+        raise KeyboardInterrupt(STATUS["signal"])
     result = [state["history"], (best or model).state_dict()]
     if world > 1:
         torch.distributed.broadcast_object_list(result, src=0, device=device)
@@ -871,8 +875,7 @@ def print_progress(state, steps, printed):
 
 def write_log(path, rows):
     lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
-    with whole_file(path) as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
+    write_whole(path, "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
 def require_no_run(out, resume, force):
@@ -898,20 +901,19 @@ def resume_run(path, model, optimizers, state, recipe, best_by):
     return checkpoint["model"] if best_by and state["history"] else None
 
 
-@contextlib.contextmanager
-def whole_file(path):
-    """A file to write to, which takes its name once it is whole; until then it is a temporary one beside it."""
+def write_whole(path, data):
+    """Write bytes to a file of another name, which takes its own once it is whole."""
     path = Path(path)
-    partial = Path(f"{path}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.urandom(8).hex()}")
     try:
-        with open(partial, "wb") as file:
-            yield file
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(temporary, path)
     finally:
-        partial.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def plain(value):
@@ -929,8 +931,9 @@ def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, ste
     if tokenizer:
         centroids = torch.from_numpy(tokenizer.centroids)
         contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
-    with whole_file(path) as file:
-        torch.save(contents, file)
+    buffer = io.BytesIO()  # since torch.save does not say that a disk is full
+    torch.save(contents, buffer)
+    write_whole(path, buffer.getbuffer())
 
 
 def read_tensors(path):
@@ -948,9 +951,7 @@ def load_checkpoint(path, device="cpu"):
         saved = read_tensors(path)
         model = MaskGIT(**saved["architecture"]).eval()
         model.load_state_dict(saved["weights"])
-        tokenizer = saved.get("tokenizer")
-        if tokenizer:
-            tokenizer = PatchTokenizer(tokenizer["centroids"].numpy(), tokenizer["patch"], tokenizer["stride"])
+        tokenizer = PatchTokenizer(**saved["tokenizer"]) if "tokenizer" in saved else None
         rest = {name: saved[name] for name in ("config", "step", "training", "extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise InputError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
@@ -964,6 +965,7 @@ import argparse
 import platform
 import re
 import shlex
+import signal
 import subprocess
 
 from PIL import Image, ImageDraw, ImageFont
@@ -1031,7 +1033,7 @@ def add_run_flags(parser, out):
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--out", type=Path, default=Path(out), help="folder of the run, default %(default)s")
-    add("--json", type=Path, help="write the figures to this file as well")
+    add("--json", type=new_file, help="write the figures to this file as well")
     either = group.add_mutually_exclusive_group().add_argument
     either("--resume", action="store_true", help="go on with the run in --out")
     either("--force", action="store_true", help="start over in a folder that holds a run")
@@ -1060,6 +1062,15 @@ def settings_from(arguments, settings):
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def new_file(text):
+    """An argparse type: a path where a file can be written, found out before the work that it is to hold."""
+    path = Path(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return path
+
+
 def at_least(low):
     """An argparse type: an integer that is not below `low`."""
 
@@ -1071,11 +1082,39 @@ def at_least(low):
     return number
 
 
+class Output:
+    """Standard output or error. Once a line cannot be written, all are dropped; what its encoding lacks is escaped."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def stop(number, frame):
+    """What a signal does: a training first ends its step and writes a checkpoint, unless it is the second signal."""
+    if STATUS["signal"] or not STATUS["training"]:
+        raise KeyboardInterrupt(number)
+    STATUS["signal"] = number
+
+
 def run_as_script(main):
     """Call main(). Bad input (InputError, OSError) and too little memory end in one line on stderr and exit code 2,
-    Ctrl-C in 130. Of several processes the first alone prints."""
-    if process_rank()[0] > 0:
-        sys.stdout = None
+    SIGINT (Ctrl-C) in 130 and SIGTERM in 143. Of several processes the first alone prints."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for what runs in the background
+            signal.signal(number, stop)
+    sys.stderr = Output(sys.stderr)
+    sys.stdout = Output(sys.stdout) if sys.stdout and process_rank()[0] == 0 else None
     try:
         main()
     except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -1084,9 +1123,10 @@ def run_as_script(main):
         lacking = "" if isinstance(error, (InputError, OSError)) else "not enough memory: "
         print(f"error: {lacking}{error}".splitlines()[0], file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interrupt:
+        resumable = f"; --resume goes on from {STATUS['checkpoint']}" if STATUS["checkpoint"] else ""
+        print(f"interrupted{resumable}", file=sys.stderr)
+        sys.exit(128 + interrupt.args[0])
 
 
 def pick_device(name="auto"):
@@ -1125,11 +1165,10 @@ def run_record():
 def write_figures(record, settings, figures, *paths):
     """The figures, settings (a dict), record and minutes, as JSON to each of the paths that is not None."""
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}  # JSON has no inf
-    minutes = round((time.monotonic() - STARTED) / 60, 1)
-    text = json.dumps({**record, "minutes": minutes, "settings": settings, **figures}, indent=1, default=str) + "\n"
+    record = record | {"minutes": round((time.monotonic() - STARTED) / 60, 1), "settings": settings}
+    text = json.dumps(record | figures, indent=1, default=str) + "\n"
     for path in filter(None, paths):
-        with whole_file(path) as file:
-            file.write(text.encode())
+        write_whole(path, text.encode())
 
 
 def print_table(head, rows):
@@ -1141,9 +1180,7 @@ def print_table(head, rows):
     print()
 
 
-INK = (40, 40, 40)
-FAINT = (225, 225, 225)
-FRAME = (170, 190, 215)
+INK = "#282828"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 
 
@@ -1153,7 +1190,7 @@ def image_grid(images, columns, *, scale=1, gap=4, titles=()):
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
     top = 22 if titles else 0
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + top), FRAME)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap + top), "#aabed7")
     for i, image in enumerate(pixels.repeat(3 // channels, axis=-1)):
         corner = gap + i % columns * (width + gap), gap + top + i // columns * (height + gap)
         sheet.paste(Image.fromarray(image), corner)
@@ -1169,26 +1206,24 @@ def save_gif(path, frames):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
-    """A line chart of curves {label: (x values, y values)} and thin levels, references {label: y}, such as a limit, as
-    a PIL image with its legend to the right. What is not finite, or not positive on a log axis, is left out."""
-    levels = references or {}
+def line_plot(curves, *, title, x_label, y_label):
+    """A PIL image of curves {label: (x values, y values)} over a logarithmic y axis, with a legend to the right. What
+    is not finite or not positive is left out."""
     font = ImageFont.load_default(26)
     left, right, top, bottom = 160, 1300, 120, 960  # twice the size of the picture, for smooth lines
-    lines = {label: list(zip(*curve, strict=True)) for label, curve in curves.items()}
-    xs = [x for line in lines.values() for x, _ in line]
-    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items()}
-    for label, line in lines.items():
-        lines[label] = [(x, y) for x, y in line if (0 if log_y else -math.inf) < y < math.inf]
+    lines = {}
+    for label, curve in curves.items():
+        lines[label] = [(x, y) for x, y in zip(*curve, strict=True) if 0 < y < math.inf]
+    xs, ys = zip(*sum(lines.values(), []), strict=True)
     x_at, x_ticks = axis(xs, left, right)
-    y_at, y_ticks = axis([y for line in lines.values() for _, y in line], bottom - 24, top, log_y)  # not on the x axis
+    y_at, y_ticks = axis(ys, bottom - 24, top, log=True)  # above the x axis
     sheet = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(sheet)
     for tick in x_ticks:
-        pen.line([(x_at(tick), bottom), (x_at(tick), top)], fill=FAINT, width=2)
+        pen.line([(x_at(tick), bottom), (x_at(tick), top)], fill="#e1e1e1", width=2)
         pen.text((x_at(tick), bottom + 14), f"{tick:g}", fill=INK, font=font, anchor="mt")
     for tick in y_ticks:
-        pen.line([(left, y_at(tick)), (right, y_at(tick))], fill=FAINT, width=2)
+        pen.line([(left, y_at(tick)), (right, y_at(tick))], fill="#e1e1e1", width=2)
         pen.text((left - 14, y_at(tick)), f"{tick:g}", fill=INK, font=font, anchor="rm")
     pen.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=3)
     pen.text((left, 36), title, fill=INK, font=ImageFont.load_default(34), anchor="lm")
@@ -1196,7 +1231,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
     pen.text((right, bottom + 70), x_label, fill=INK, font=font, anchor="rm")
     for i, (label, line) in enumerate(lines.items()):
         legend = top + 20 + 44 * i
-        style = {"fill": COLOURS[i % len(COLOURS)], "width": 3 if label in levels else 5}
+        style = {"fill": COLOURS[i % len(COLOURS)], "width": 5}
         pen.line([(x_at(x), y_at(y)) for x, y in line], joint="curve", **style)
         pen.line([(right + 30, legend), (right + 90, legend)], **style)
         pen.text((right + 104, legend), label, fill=INK, font=font, anchor="lm")
