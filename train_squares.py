@@ -189,19 +189,19 @@ def follow_images(model, prior, shown, device, order, **options):
     probabilities of these values multiply. The order may neither look at drawn tokens nor draw numbers."""
     distinct, which = shown.unique(dim=0, return_inverse=True)
     row, image = agreeing(prior, distinct).nonzero(as_tuple=True)
-    truth = prior[image].to(device)  # (N, T): of the N ways to be followed
+    truth = prior[image].to(device)  # (n, T): where each of the n pairs of input and image ends
     log_probs = torch.zeros(truth.shape, device=device)
 
-    def true_values(state):
+    def follow(state):
         tokens = truth[state.row, state.place]
-        # A later step overwrites what was not committed in this one.
+        # A later step overwrites those that are not committed in this one.
         log_probs[state.row, state.place] = state.log_probs.gather(-1, tokens[:, None])[:, 0]
         return tokens
 
     def blind_order(state):
         return order(state._replace(tokens=None, generator="none"))  # to use either is a TypeError
 
-    states = fill(model, distinct[row], device, order=blind_order, sample=true_values, **options)
+    states = fill(model, distinct[row], device, order=blind_order, sample=follow, **options)
     found, calls = torch.zeros(2, len(distinct), len(prior), dtype=torch.float64)
     found[row, image] = log_probs.cpu().double().sum(dim=1).exp()
     calls[row, image] = network_calls(states)
@@ -325,9 +325,10 @@ def train_model(recipe, prior, device, **options):
 
 
 DEFAULTS = dict(steps=1500, batch_size=126, layers=8, hidden=64, mask="cosine+cosine+cosine+half", lr=6e-3)
-# S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
-# A batch here is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a head
-# and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
+
+# What S1 and S2 report. S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or
+# positions. So a batch is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a
+# head and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
 REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5)
 REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, rotary=False)
 POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
