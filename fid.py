@@ -39,6 +39,11 @@ DIMS = (64, 192, 768, 2048)  # widths of the layers that features can be taken f
 ENOUGH = 2048  # images, below which FID is not to be trusted
 KEPT = 10_000  # images whose features are kept in memory; of larger sets, sums and a random choice
 
+
+class InputError(ValueError):
+    """Bad input, in words that tell the user what to mend."""
+
+
 # ---------------------------------------------------------------------------------------------------
 # The Inception network
 
@@ -53,14 +58,21 @@ class Conv(nn.Sequential):
 
 
 halve = nn.MaxPool2d(3, stride=2)
-mean_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)  # Inception's own counts the padding
+mean_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)  # torchvision's Inception counts the padding
 
 
 class Mixed(nn.Module):
     """Branches that read the same image, their results concatenated: chains of convolutions, and a pool.
 
-    branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several. A
-    dict of kernels ends a chain in several convolutions, each with its letter. pooled: the width of one after the pool.
+    branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several.
+    pooled: the width of one after the pool. So Mixed(192, MIXED_5, mean_pool, 32) concatenates the ends of
+        x -> branch1x1 (64 channels, 1x1)
+        x -> branch5x5_1 (48, 1x1) -> branch5x5_2 (64, 5x5)
+        x -> branch3x3dbl_1 (64, 1x1) -> branch3x3dbl_2 (96, 3x3) -> branch3x3dbl_3 (96, 3x3)
+        x -> mean_pool -> branch_pool (32, 1x1)
+
+    A dict of kernels ends a chain in several convolutions side by side, each with its letter: in MIXED_7 FORK stands
+    for branch3x3_2a (384, 1x3) and branch3x3_2b (384, 3x1), which both read branch3x3_1.
     """
 
     def __init__(self, channels, branches, pool, pooled=None):
@@ -113,7 +125,7 @@ class Inception(nn.Module):
     def __init__(self, dims=2048):
         super().__init__()
         if dims not in DIMS:
-            raise ValueError(f"no layer is {dims} wide; choose from {', '.join(map(str, DIMS))}")
+            raise InputError(f"no layer is {dims} wide; choose from {', '.join(map(str, DIMS))}")
         self.dims = dims
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
@@ -148,17 +160,15 @@ class Inception(nn.Module):
 def load_inception(dims=2048, weights=None, device="cpu"):
     """The network, ready for features: batch norms folded, channels last. weights: a file; None: the release's."""
     path = Path(weights or release_path())
-    try:
-        require_hash(path)
-    except ValueError:
+    if wrong := damage(path):
         if weights:
-            raise
+            raise InputError(wrong)
         fetch_release()
     network = Inception(dims).eval()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        raise ValueError(f"{path} does not hold the Inception weights: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} does not hold the Inception weights: {str(error).splitlines()[0]}") from None
     for module in network.modules():
         if isinstance(module, Conv):
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
@@ -177,17 +187,18 @@ def fetch_release():
         torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         remedy = f"put {WEIGHTS_URL} into {release_path().parent}, or name a copy with --weights"
-        raise ValueError(f"the Inception weights could not be fetched ({error}); {remedy}") from None
+        raise InputError(f"the Inception weights could not be fetched ({error}); {remedy}") from None
 
 
-def require_hash(path):
-    """ValueError unless the file is there and has the SHA-256 that its name ends in, as in name-6726825d.pth."""
+def damage(path):
+    """What is wrong with a file of weights, by the SHA-256 that its name may end in, as in name-6726825d.pth; or ""."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        return f"there is no file {path}"
     if named := re.search(r"-([0-9a-f]{8,})\.pth$", path.name):
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(named[1]):
-            raise ValueError(f"{path} is damaged: its SHA-256 begins with {found[: len(named[1])]}; fetch it again")
+            return f"{path} is damaged: its SHA-256 begins with {found[: len(named[1])]}; fetch it again"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -195,34 +206,35 @@ def require_hash(path):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """The squared Frechet distance of two Gaussians with means (D,) and covariances (D, D).
-
-    |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2)). Real by construction, and as exact for
-    covariances of low rank, where the matrix square root of the product fails.
-    """
+    """The squared Frechet distance of two Gaussians with means (D,) and covariances (D, D):
+    |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))."""
     mu1, sigma1, mu2, sigma2 = finite_arrays(mu1, sigma1, mu2, sigma2)
     if mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == (mu1.size, mu1.size):
-        raise ValueError(f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} do not fit")
+        raise InputError(f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} do not fit")
     return distance_by_roots(mu1, covariance_root(sigma1), mu2, covariance_root(sigma2))
 
 
 def frechet_distance_from_features(x, y):
     """The same for the Gaussians fitted to features (N, D) and (M, D), without forming a covariance matrix."""
     x, y = finite_arrays(x, y)
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"features {x.shape} and {y.shape}: two (N, D) and (M, D) are needed, N and M at least 2")
+    if min(len(x), len(y)) < 2:
+        raise InputError("a covariance needs features of at least 2 images")
     return distance_by_roots(x.mean(axis=0), feature_root(x), y.mean(axis=0), feature_root(y))
 
 
 def finite_arrays(*arrays):
     arrays = [np.asarray(values, np.float64) for values in arrays]
     if not all(np.isfinite(values).all() for values in arrays):
-        raise ValueError("means, covariances and features must be finite numbers")
+        raise InputError("means, covariances and features must be finite numbers")
     return arrays
 
 
 def distance_by_roots(mu1, root1, mu2, root2):
-    """The same for covariances root1 root1^T and root2 root2^T."""
+    """The same for covariances A A^T and B B^T, given their roots A and B.
+
+    The eigenvalues of A A^T B B^T, but for zeros, are the squared singular values of A^T B. So the trace of its square
+    root is their sum: real, and exact for low ranks, too, where the square root of the matrix fails.
+    """
     cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()  # tr((sigma1 sigma2)^(1/2))
     distance = np.square(mu1 - mu2).sum() + np.square(root1).sum() + np.square(root2).sum() - 2 * cross
     return max(0.0, float(distance))
@@ -234,14 +246,16 @@ def covariance_root(sigma):
         return np.linalg.cholesky(sigma)
     except np.linalg.LinAlgError:  # not positive definite: there were fewer samples than dimensions
         values, vectors = np.linalg.eigh(sigma)
-        kept = values > len(values) * np.finfo(values.dtype).eps * values[-1]
-        return vectors[:, kept] * np.sqrt(values[kept])
+        positive = values > len(values) * np.finfo(values.dtype).eps * values[-1]  # the others are 0, but for rounding
+        return vectors[:, positive] * np.sqrt(values[positive])
 
 
 def feature_root(features):
     """A matrix (D, min(N, D)) whose product with its own transpose is the covariance of features (N, D)."""
     root = (features - features.mean(axis=0)) / np.sqrt(len(features) - 1)
-    return root.T if len(root) <= root.shape[1] else np.linalg.qr(root, mode="r").T
+    if len(root) > root.shape[1]:
+        root = np.linalg.qr(root, mode="r")  # (D, D), and root.T @ root stays what it is
+    return root.T
 
 
 def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
@@ -250,23 +264,30 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
     The unbiased estimate of the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, which may fall
     below 0. A subset holds subset_size of each side, but never more than half, so that subsets differ.
     """
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
     size = min(subset_size, len(x) // 2, len(y) // 2)
     if size < 2:
-        raise ValueError("KID needs at least four images on each side")
+        raise InputError("KID needs at least four images on each side")
     rng = np.random.default_rng(seed)
     estimates = []
     for _ in range(subsets):
-        a, b = (f[rng.choice(len(f), size, replace=False)].astype(np.float64) for f in (x, y))
-        aa, bb, ab = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
-        within = (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / (size * (size - 1))
-        estimates.append(within - 2 * ab.mean())
+        a = x[rng.choice(len(x), size, replace=False)].astype(np.float64)
+        b = y[rng.choice(len(y), size, replace=False)].astype(np.float64)
+        aa = kernel(a, a)
+        bb = kernel(b, b)
+        within = (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / (size * (size - 1))  # pairs of different images
+        estimates.append(within - 2 * kernel(a, b).mean())
     return float(np.mean(estimates)), float(np.std(estimates))
 
 
 # ---------------------------------------------------------------------------------------------------
 # Statistics of a folder, and their files
 
-# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
+# A file of more than 8 bits does not say which value is white. The candidates, by its mode: the first that no value
+# exceeds; of later ones, only where some value reaches a hundredth of it.
 WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
 
 
@@ -283,13 +304,13 @@ def eight_bits(values, scales):
     low, high = values.min(), values.max()
     white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
     if not low >= -0.01 * white or not white:
-        raise ValueError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
+        raise InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """The images of a folder: RGB uint8 (H, W, 3), or where that takes less memory what the network is given of it. In
-    place of one that cannot be read, a line that says why."""
+    """The images of a folder, RGB uint8 (H, W, 3); of large ones what the network is given, which takes less memory. In
+    place of one that cannot be read a line that says why: an error in a worker would come out as a traceback."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -298,7 +319,7 @@ class ImageFolder(torch.utils.data.Dataset):
         if below := len(shown) - len(self.files):
             print(f"{folder}: {below} images in its subfolders are not counted", file=sys.stderr)
         if len(self.files) < 2:
-            raise ValueError(f"{folder} holds {len(self.files)} images; at least 2 are needed ({IMAGE_SUFFIXES})")
+            raise InputError(f"{folder} holds {len(self.files)} images; at least 2 are needed ({IMAGE_SUFFIXES})")
 
     def __len__(self):
         return len(self.files)
@@ -324,7 +345,7 @@ class Statistics(NamedTuple):
 
 def statistics_of(batches, count):
     """Statistics of `count` features that come in batches (B, D), in memory that does not depend on their number."""
-    kept = np.zeros(count, bool)
+    kept = np.zeros(count, bool)  # whether an image's features are kept: of KEPT images chosen at random
     kept[np.random.default_rng(0).permutation(count)[:KEPT]] = True
     features = []
     done = 0
@@ -332,7 +353,7 @@ def statistics_of(batches, count):
     products = 0.0
     for batch in batches:
         if done == 0:
-            origin = batch.mean(axis=0, dtype=np.float64)  # sums of squares around it lose no digits
+            origin = batch.mean(axis=0, dtype=np.float64)  # near the mean of all: squares around it lose no digits
         features.append(batch[kept[done : done + len(batch)]])
         centred = batch - origin
         total += centred.sum(axis=0)
@@ -350,29 +371,26 @@ def folder_features(images, network, batch_size, num_workers):
         batch_size = min(batch_size, 8)  # what the layers make of more images does not fit the caches
     started = time.monotonic()
     done = 0
-    shown = 0.0
     for batch in torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
         if unreadable := [image for image in batch if isinstance(image, str)]:
-            raise ValueError("; ".join(unreadable))
+            raise InputError("; ".join(unreadable))
         yield network(network_input(batch, device)).cpu().numpy()
         done += len(batch)
         seconds = time.monotonic() - started
-        if seconds > shown + 0.5 or done == len(images):
-            left = (len(images) - done) * seconds / done
-            line = f"{images.folder}: {done}/{len(images)} images, {done / seconds:.1f}/s, {left:.0f} s left"
-            print(f"\r{line:<79}", end="\n" if done == len(images) else "", file=sys.stderr, flush=True)
-            shown = seconds
+        left = (len(images) - done) * seconds / done
+        line = f"{images.folder}: {done}/{len(images)} images, {done / seconds:.1f}/s, {left:.0f} s left"
+        print(f"\r{line:<79}", end="\n" if done == len(images) else "", file=sys.stderr, flush=True)
 
 
 def shrink(image):
-    """What the network is given of a large RGB image (H, W, 3) in uint8: float32 (3, 299, 299). One channel after
-    another, since as floats they are four times as large."""
+    """network_input of one large image, float32 (3, 299, 299): one channel after another, since the whole image takes
+    four times its memory in floats."""
     return torch.cat([network_input([image[..., channel, None]], "cpu")[0] for channel in range(3)]).numpy()
 
 
 def network_input(images, device):
-    """RGB images (H, W, 3) in uint8, of one size or several, as a tensor (B, 3, 299, 299) in [-1, 1]; those that have
-    been brought to that before stay as they are."""
+    """The images of an ImageFolder, of one size or several, as a tensor (B, 3, 299, 299) in [-1, 1]. Large ones are
+    that already."""
     if len({image.shape for image in images}) > 1:
         return torch.cat([network_input([image], device) for image in images])
     if images[0].dtype == np.float32:
@@ -383,16 +401,11 @@ def network_input(images, device):
 
 def read_statistics(path):
     """The Statistics in an .npz file with mu and sigma."""
-    if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"{path} is neither a folder nor an .npz file")
     try:
         with np.load(path) as saved:
-            mu, sigma = (np.asarray(saved[name], np.float64) for name in ("mu", "sigma"))
+            return Statistics(np.asarray(saved["mu"], np.float64), np.asarray(saved["sigma"], np.float64))
     except Exception as error:  # numpy raises half a dozen types on damaged files
-        raise ValueError(f"{path} is no statistics file with mu and sigma: {error}") from None
-    if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
-        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not (D,) and (D, D)")
-    return Statistics(mu, sigma)
+        raise InputError(f"{path} is neither a folder nor an .npz file with mu and sigma: {error}") from None
 
 
 def fid_of(a, b):
@@ -408,12 +421,12 @@ def fid_of(a, b):
 
 def settings_from_command_line():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # without the usage
     add = parser.add_argument
-    cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    add("path", nargs=2, type=named, help="two folders or .npz files; with --save-stats a folder and an .npz file")
-    add("--batch-size", type=at_least(1), default=50, help="images at once (default: 50; at most 8 on a CPU: faster)")
-    add("--num-workers", type=at_least(0), default=cores, help="processes that read images (default: %(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add("path", nargs=2, type=Path, help="two folders or .npz files; with --save-stats a folder and an .npz file")
+    add("--batch-size", type=int, default=50, help="images at once (default: 50; at most 8 on a CPU: faster)")
+    add("--num-workers", type=int, default=min(8, cores), help="processes that read images (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dims", type=int, default=2048, choices=DIMS, help="width of the layer that gives features (default: 2048)")
     add("--save-stats", action="store_true", help="write the statistics of the first path to the second")
@@ -422,43 +435,30 @@ def settings_from_command_line():
     return parser.parse_args()
 
 
-def named(text):
-    if not text:
-        raise argparse.ArgumentTypeError("a name is empty")
-    return Path(text)
-
-
-def at_least(low):
-    def whole_number(text):
-        if int(text) >= low:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"{text} is below {low}")
-
-    return whole_number
-
-
 def pick_device(name):
     """The torch.device of that name; for None, CUDA where there is one."""
     try:
         return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # torch raises both
-        raise ValueError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def measured(paths, settings):
     """The Statistics at each path: a folder's images are put through the network, an .npz file is read."""
     sets = [ImageFolder(path) if path.is_dir() else read_statistics(path) for path in paths]
     folders = [images for images in sets if isinstance(images, ImageFolder)]
-    widths = {settings.dims if images in folders else len(images.mu) for images in sets}
+    widths = {settings.dims if isinstance(images, ImageFolder) else len(images.mu) for images in sets}
     if len(widths) > 1:
-        raise ValueError(f"one set has {min(widths)} features per image, the other {max(widths)}; set --dims")
+        raise InputError(f"one set has {min(widths)} features per image, the other {max(widths)}; set --dims")
     if settings.kid and len(folders) < len(sets):
-        raise ValueError("--kid needs two folders: a statistics file holds no features")
-    network = load_inception(settings.dims, settings.weights, pick_device(settings.device)) if folders else None
-    how = (network, settings.batch_size, settings.num_workers)
-    return [
-        statistics_of(folder_features(images, *how), len(images)) if images in folders else images for images in sets
-    ]
+        raise InputError("--kid needs two folders: a statistics file holds no features")
+    if folders:
+        network = load_inception(settings.dims, settings.weights, pick_device(settings.device))
+    for i, images in enumerate(sets):
+        if isinstance(images, ImageFolder):
+            features = folder_features(images, network, settings.batch_size, settings.num_workers)
+            sets[i] = statistics_of(features, len(images))
+    return sets
 
 
 def save_statistics(folder, target, settings):
@@ -466,9 +466,7 @@ def save_statistics(folder, target, settings):
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
     partial = target.with_name(f"{target.name}.partial")
     if target.exists():
-        raise ValueError(f"{target} exists; remove it, or choose another name")
-    if not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} to write {target.name} to")
+        raise InputError(f"{target} exists; remove it, or choose another name")
     partial.touch(exist_ok=False)  # before the work, since it may be impossible
     try:
         (statistics,) = measured([folder], settings)
@@ -480,13 +478,9 @@ def save_statistics(folder, target, settings):
     print(f"statistics of {folder}: {target}")
 
 
-def explained(error):
-    """A line for the user, where he can do something about the error; or else it is raised again."""
-    shortage = r"out of memory|allocate memory|DataLoader worker \(pid"
-    if isinstance(error, RuntimeError) and not re.search(shortage, str(error)):
-        raise error
-    lacking = "not enough memory: lower --batch-size or --num-workers"
-    return lacking if isinstance(error, (MemoryError, RuntimeError)) else error
+def lacks_memory(error):
+    """Whether that is the cause: torch raises RuntimeErrors, its DataLoader one if the system ends a worker."""
+    return isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|worker \(pid", str(error))
 
 
 def main():
@@ -497,7 +491,7 @@ def main():
     print("FID: ", fid_of(a, b))
     if any(images.count and images.count < ENOUGH for images in (a, b)):
         counts = f"{a.count or 'unknown'} and {b.count or 'unknown'} images"
-        print(f"warning: {counts}. FID of less than {ENOUGH} is too large, but --kid is not", file=sys.stderr)
+        print(f"warning: {counts}. FID of fewer than {ENOUGH} is too large, but --kid is not", file=sys.stderr)
     if settings.kid:
         print("KID:  {} +- {}".format(*kernel_distance(a.features, b.features)))
 
@@ -505,8 +499,12 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        print(f"error: {explained(error)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if lacks_memory(error):
+            error = "not enough memory: lower --batch-size or --num-workers"
+        elif not isinstance(error, (InputError, OSError)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1034,7 +1034,8 @@ def parse_arguments():
 
 def train_and_score(record, arguments, recipe, filling, tokenizer=None):
     """A whole run, with a tokenizer at hand that paints, too, with those of the run which is resumed, or new ones."""
-    device = maskgit.open_run(arguments)
+    maskgit.require_no_run(arguments.out, arguments.resume, arguments.force)
+    device = maskgit.pick_device(arguments.device)
     recipe = recipe.for_device(device)
     out = arguments.out
     started = time.monotonic()

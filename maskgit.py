@@ -2,8 +2,7 @@
 
 An image is a set of discrete tokens at known coordinates. Some of them are hidden. The transformer sees all the others
 at once and gives, for each hidden one, a distribution over the codes; `decode` commits a few hidden tokens per step
-until none is left. In the order in which data flows: tokens, positions, transformer, masking, decoding; then training;
-then what only the scripts need.
+until none is left. The method comes in the order in which data flows, then training, then what only the scripts need.
 
 Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are bool with True = hidden, coordinates are
 (x, y). Sources, by their short names:
@@ -14,8 +13,7 @@ Shapes: B images, T tokens, K codes, D model width. Tokens are int64, masks are 
 
 import contextlib
 import copy
-import csv
-import io
+import json
 import math
 import os
 import sys
@@ -58,15 +56,13 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
 
     A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the mean
     variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start. A seed
-    repeats its result for the same number of threads, by which sums are rounded. InputError on points that are not
-    finite, and on fewer than k distinct ones.
+    repeats its result for the same number of threads, on which the rounding of sums depends.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
         raise InputError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
-    distinct = len(set(map(bytes, points + 0.0)))  # -0.0 becomes 0.0
-    if distinct < k:
-        raise InputError(f"{k} clusters asked for, but only {distinct} of the {len(points)} points are distinct")
+    if len(set(map(bytes, points + 0.0))) < k:  # distinct points, as bytes; + 0.0 makes of -0.0 an equal 0.0
+        raise InputError(f"{k} clusters asked for, but fewer of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
             raise InputError(f"init has shape {np.shape(init)}; {k} of these points have {(k, points.shape[1])}")
@@ -77,8 +73,7 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
 
 
 def plus_plus(points, k, rng):
-    """k of the points, each drawn with a probability proportional to its squared distance from those before it
-    (Arthur and Vassilvitskii 2007)."""
+    """k points, each drawn in proportion to its squared distance from those before it (Arthur, Vassilvitskii 2007)."""
     norms = np.einsum("nd,nd->n", points, points)
     chosen = [rng.integers(len(points))]
     closest = np.full(len(points), np.inf, dtype=np.float32)
@@ -92,14 +87,12 @@ def plus_plus(points, k, rng):
 
 
 def lloyd(points, centroids, max_iter, tol):
-    """Move each centroid to the mean of the points nearest to it, until it stays; an empty cluster takes one of the
-    points farthest from their own centroid."""
-    k = len(centroids)
+    """Move each centroid to the mean of its nearest points, until it stays; one without any to the farthest point."""
     enough = tol * points.var(axis=0, dtype=np.float64).mean()
     labels = nearest_centroid(points, centroids)
     for _ in range(max_iter):
-        counts = np.bincount(labels, minlength=k)
-        sums = np.stack([np.bincount(labels, column, minlength=k) for column in points.T], axis=1)  # (k, D) float64
+        counts = np.bincount(labels, minlength=len(centroids))
+        sums = np.stack([np.bincount(labels, column, len(counts)) for column in points.T], axis=1)  # (k, D) float64
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
@@ -115,9 +108,8 @@ def lloyd(points, centroids, max_iter, tol):
 
 def nearest_centroid(points, centroids, block=1024):
     """The index of the centroid (k, D) nearest to each point (N, D): (N,) int64."""
-    # |x - c|^2 is |x|^2, the same for all centroids, plus |c|^2 - 2 c . x. Each point gets a 1 as its last number and
-    # each centroid -2 c and |c|^2, so that one product gives these sums for a block of points. Measured from the
-    # centroids' mean, the squares stay small and lose few digits.
+    # |x - c|^2 is |x|^2, the same for all centroids, plus (x, 1) . (-2 c, |c|^2): one product for a block of points and
+    # all centroids. Measured from the centroids' mean, the squares stay small and lose few digits.
     origin = centroids.mean(axis=0)
     centred = centroids - origin
     weights = np.vstack([-2 * centred.T, np.square(centred).sum(axis=1)])  # (D + 1, k)
@@ -135,9 +127,6 @@ def squared_distances(points, centroids, labels):
     return sum(np.square(x - c[labels], dtype=np.float64) for x, c in zip(points.T, centroids.T, strict=True))
 
 
-VALUES_AT_ONCE = 2**22  # of images that are encoded together, so that memory does not grow with their number
-
-
 class PatchTokenizer:
     """Square patches of images, each named by the nearest of typical ones: centroids (codes, patch * patch * C),
     flattened row by row. Patches lie `stride` pixels apart (default: patch), and overlap where it is less. S2's 16x16
@@ -147,10 +136,8 @@ class PatchTokenizer:
         self.centroids = np.ascontiguousarray(centroids, dtype=np.float32)
         self.patch = int(patch)
         self.stride = int(stride or patch)
-        self.channels, rest = divmod(self.centroids.shape[1], patch * patch)
-        if rest or not 1 <= self.stride <= patch:
-            numbers = f"centroids of {self.centroids.shape[1]} numbers"
-            raise InputError(f"{numbers} are no patches of side {patch}, or stride {self.stride} is not 1 to {patch}")
+        if not 1 <= self.stride <= patch:
+            raise InputError(f"stride {self.stride} is not 1 to {patch}, so patches would not cover an image")
 
     @classmethod
     def fit(cls, images, codes, patch, stride=None, seed=0, **options):
@@ -164,9 +151,8 @@ class PatchTokenizer:
 
     def encode(self, images):
         """Images (B, H, W, C) -> tokens (B, h, w)."""
-        if images.shape[-1] != self.channels:
-            raise InputError(f"images have {images.shape[-1]} channels, the tokenizer was made for {self.channels}")
-        at_once = max(1, VALUES_AT_ONCE // images[0].size)
+        values_at_once = 2**22  # so that memory does not grow with the number of images
+        at_once = max(1, values_at_once // images[0].size)
         parts = [images[start : start + at_once] for start in range(0, len(images), at_once)]
         return np.concatenate([self.nearest(image_patches(part, self.patch, self.stride)) for part in parts])
 
@@ -181,7 +167,8 @@ def image_patches(images, patch, stride):
     if min(height, width) < patch or (height - patch) % stride or (width - patch) % stride:
         raise InputError(f"images of {width}x{height} are not covered by patches of {patch} every {stride} pixels")
     windows = np.lib.stride_tricks.sliding_window_view(images, (patch, patch), axis=(1, 2))[:, ::stride, ::stride]
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(b, *windows.shape[1:3], patch * patch * channels)
+    windows = windows.transpose(0, 1, 2, 4, 5, 3)  # from (B, h, w, C, patch, patch)
+    return windows.reshape(b, *windows.shape[1:3], patch * patch * channels)
 
 
 def stitch_patches(patches, patch, stride):
@@ -217,7 +204,7 @@ def position_encoding(coords, dim, layout="split"):
     the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
 
     layout="split" gives each axis all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula,
-    "printed", dimension i has 10000^(-i / dim) on both axes, so y has only those below 0.01: rows look alike.
+    "printed", dimension i has 10000^(-i / dim) whichever its axis, so y has only those below 0.01: rows look alike.
     """
     if dim % 4:
         raise InputError(f"position_encoding needs a dim divisible by 4, not {dim}")
@@ -234,10 +221,9 @@ def position_encoding(coords, dim, layout="split"):
 
 
 def rotary_angles(coords, dim):
-    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2), dim
-    divisible by 4. The product of a query and a key, each turned by its position's, depends on the difference of the
-    positions alone (Su et al., RoFormer, 2021). Half of the pairs follow x, the others y, at dim / 4 frequencies from
-    pi, half a turn per cell, down to pi / 100^(1 - 4 / dim) rad per unit."""
+    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2). Then the
+    product of a query and a key depends on the difference of their positions alone (Su et al., RoFormer, 2021). Half
+    of the pairs follow x, the others y, at frequencies from half a turn per cell, pi, to pi / 100^(1 - 4 / dim)."""
     if dim % 4:
         raise InputError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
     pairs = dim // 4
@@ -261,7 +247,7 @@ def turn(x, angles):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, not causal: (B, T, D) -> (B, T, D); rotary by angles ([B,] 1, T, d / 2)."""
+    """Self-attention of heads of width d = D / heads, not causal: (B, T, D) -> (B, T, D); angles ([B,] 1, T, d / 2)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -272,9 +258,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x, angles=None):
-        b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        b, t, dim = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
         if angles is not None:
             query = turn(query, angles)
             key = turn(key, angles)
@@ -283,7 +269,7 @@ class Attention(nn.Module):
             x = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         else:
             x = F.scaled_dot_product_attention(query, key, value)
-        return self.out(x.transpose(1, 2).reshape(b, t, d))
+        return self.out(x.transpose(1, 2).reshape(b, t, dim))
 
 
 class Block(nn.Module):
@@ -335,8 +321,7 @@ class MaskGIT(nn.Module):
         )  # fmt: skip
         self.mask_id = codes
         self.embedding = nn.Embedding(codes + 1, dim)
-        # Rows of length about 1 keep the tied head's first logits small; forward() scales them up again to the size of
-        # the position encoding (Vaswani et al. 2017, 3.4).
+        # Rows of length about 1 keep the tied head's first logits small; forward() brings them to the positions' size.
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
         self.blocks = nn.ModuleList(Block(dim, heads, hidden, dropout, norm) for _ in range(layers))
         self.last_norm = nn.LayerNorm(dim) if norm == "pre" else nn.Identity()
@@ -348,13 +333,11 @@ class MaskGIT(nn.Module):
             self.log_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, tokens, coords):
-        dim = self.config["dim"]
+        dim, heads = self.config["dim"], self.config["heads"]
         positions = position_encoding(coords, dim, self.config["positions"])
         x = self.embedding(tokens) * math.sqrt(dim)  # (B, T, D)
         x = x + positions.to(x.dtype)
-        angles = None
-        if self.config["rotary"]:
-            angles = rotary_angles(coords, dim // self.config["heads"]).unsqueeze(-3)  # the same for all heads
+        angles = rotary_angles(coords, dim // heads).unsqueeze(-3) if self.config["rotary"] else None
         for block in self.blocks:
             x = block(x, angles)
         x = self.to_logits(self.last_norm(x))
@@ -370,8 +353,8 @@ class MaskGIT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Masking
 
-# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1, gamma(1) = 0. Takes
-# and returns floats or numpy arrays. R1 and R2 use the first three; the paper compares these with cubic, sqrt and exp.
+# gamma(r), of floats or arrays: the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1,
+# gamma(1) = 0. R1 and R2 use the first three. The paper has all but arccos; its log and exp depend on how many tokens.
 SCHEDULES = {
     "cosine": lambda r: np.cos(r * (math.pi / 2)),
     "linear": lambda r: 1 - r,
@@ -383,23 +366,20 @@ SCHEDULES = {
     "exp": lambda r: (math.e - np.exp(r)) / (math.e - 1),
 }
 
-# In floats 0.55 * 100 is 55.00000000000001, and rounded up 56: a product may miss the whole number that it is by this.
+# In floats 0.55 * 100 is 55.00000000000001, which rounds up to 56: before it is rounded a product may be off by this.
 ROUNDING = 1e-9
 
 
 def random_mask(shape, ratio, generator=None):
-    """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool, of shape (B, T). ratio is in [0, 1], one for
-    all rows or one for each."""
+    """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool (B, T). ratio: one in [0, 1], or one a row."""
     rows, tokens = shape
-    ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise InputError("the share of hidden tokens must lie between 0 and 1")
-    count = (ratio * tokens - ROUNDING).ceil().long().clamp(min=1)
-    device = generator.device if generator is not None else "cpu"
-    # The ranks of random numbers are a random permutation: argsort says which number comes at each rank, argsort of
-    # that the rank of each number.
-    rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None].to(device)
+    count = (ratio.expand(rows) * tokens - ROUNDING).ceil().long().clamp(min=1)
+    # argsort says which number comes at each rank, and argsort of that the rank of each number.
+    rank = torch.rand(rows, tokens, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None]
 
 
 def random_box(coords, generator=None):
@@ -411,8 +391,7 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, and where all
-    tokens are in one place it is all of them."""
+    """The tokens at coords (B, T, 2) beyond the middle on one of four sides, or two on a line: (B, T). A point is all."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
@@ -446,19 +425,15 @@ def mask_of_kind(shape, kind, generator, coords):
     """Likewise, of a single kind; InputError if it is none."""
     rows = shape[0]
     if kind in REGIONS:
-        if coords is None:
-            raise InputError(f"the mask {kind!r} needs the coordinates of the tokens")
         return REGIONS[kind](coords.expand(*shape, 2), generator)
     if kind in SCHEDULES:
         # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
         r = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
         return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
     try:
-        share = 0.0 if kind == "single" else float(kind)
-        return random_mask(shape, share, generator)
+        return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
     except ValueError:
-        known = f"single, a share, {', '.join([*REGIONS, *SCHEDULES])}"
-        raise InputError(f"{kind!r} is no mask: choose {known}") from None
+        raise InputError(f"{kind!r} is no mask: choose single, a share, {', '.join([*REGIONS, *SCHEDULES])}") from None
 
 
 def masked_cross_entropy(logits, targets, mask, *, count=None):
@@ -493,15 +468,10 @@ def categorical(state):
     cumulative = state.log_probs.exp().cumsum(dim=-1)  # (n, K)
     uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return tokens.clamp(max=cumulative.shape[1] - 1)  # uniform may round to the whole
+    return tokens.clamp(max=cumulative.shape[1] - 1)  # the product may round to the whole sum
 
 
-def likeliest(state):
-    """The most probable token each (R1): (n,)."""
-    return state.log_probs.argmax(dim=-1)
-
-
-SAMPLES = {"categorical": categorical, "argmax": likeliest}
+SAMPLES = {"categorical": categorical, "argmax": lambda state: state.log_probs.argmax(dim=-1)}  # R1's is argmax
 
 # An order is a function of a Step that says which of its tokens are committed now. If it returns priorities, float
 # (n,), the schedule says how many, and takes the highest. One that knows itself how many returns a bool (n,).
@@ -522,11 +492,11 @@ def at_random(state):
 
 
 def all_but_lowest(priority, row, left):
-    """All tokens but the `left` (B,) ones of lowest priority (n,) in each image; row (n,), ascending: bool (n,)."""
+    """Of n tokens in ascending rows (n,) all but the left (B,) of lowest priority (n,) in each row: bool (n,)."""
     ascending = priority.argsort(stable=True)
-    ascending = ascending[row[ascending].argsort(stable=True)]  # image by image
-    rank = ascending.argsort() - torch.searchsorted(row, row)  # less its image's first one: from 0 in each image
-    return rank >= left[row]
+    ascending = ascending[row[ascending].argsort(stable=True)]  # row by row
+    first = torch.searchsorted(row, row)  # where each token's row begins
+    return ascending.argsort() - first >= left[row]
 
 
 def by_entropy(state, budget=0.001):
@@ -559,7 +529,7 @@ def decode(
     tokens      (B, T) integers; what stands where mask is True is ignored.
     mask        (B, T) bool, True = hidden. All True generates from nothing.
     coords      (T, 2), or (B, T, 2).
-    steps       T: the most network calls; fewer for an order with its own pace, or once no token is hidden.
+    steps       the most network calls; fewer for an order with its own pace, or once no token is hidden.
     schedule    a name of SCHEDULES, or such a function: how many tokens are still hidden after each step.
     order       a name of ORDERS, or such a function: which tokens are committed next.
     sample      a name of SAMPLES ("categorical" is R2's, "argmax" R1's), or such a function: which token each becomes.
@@ -573,16 +543,15 @@ def decode(
     i has min(floor(gamma(t / steps) * N_i), what it had - 1) hidden tokens left, where N_i is its own number at the
     start; by an order with its own pace any number that is smaller than before. After the last step none is left.
     """
-    gamma = function_of("schedule", schedule, SCHEDULES)
-    order = function_of("order", order, ORDERS)
-    sample = function_of("sample", sample, SAMPLES)
+    gamma = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
+    order = ORDERS[order] if isinstance(order, str) else order
+    sample = SAMPLES[sample] if isinstance(sample, str) else sample
     last_step = steps if stop_after is None else min(steps, stop_after)
     if last_step < 1 or temperature <= 0:
         raise InputError("decode needs steps and stop_after of at least 1, and a temperature above 0")
     if getattr(model, "training", False):
         raise InputError("decode needs a model without dropout: call model.eval() first")
-    check_mask(tokens, mask)
-    check_tokens(tokens[~mask], model.mask_id)
+    check_tokens(tokens, mask, model.mask_id, visible_only=True)
     tokens = tokens.long().masked_fill(mask, model.mask_id)
     hidden = mask.clone()
     at_start = hidden.sum(dim=1).tolist()  # B numbers
@@ -594,7 +563,7 @@ def decode(
         logits = model(tokens[rows], coords if coords.ndim == 2 else coords[rows])
         if logits.shape != (*tokens[rows].shape, model.mask_id):
             raise InputError(
-                f"the model's logits are {tuple(logits.shape)}, not (b, T, {model.mask_id}): [MASK] has none"
+                f"the model's logits are {tuple(logits.shape)}, not (b, T, {model.mask_id}), without [MASK]"
             )
         row, place = hidden.nonzero(as_tuple=True)  # of the n hidden tokens
         logits = logits[hidden[rows]].float()  # (n, K)
@@ -610,11 +579,17 @@ def decode(
         state = Step(log_probs, row, place, all_coords, left, t, steps, generator)
         drawn = sample(state)
         choice = order(state._replace(tokens=drawn))
-        check_choice(drawn, choice, place, model.mask_id)
-        if choice.dtype == torch.bool:
-            commits = at_own_pace(choice, log_probs, row, had) | (t == last_step)
-        else:
-            commits = all_but_lowest(choice, row, left)
+        if not drawn.shape == choice.shape == place.shape:
+            raise InputError(
+                f"{tuple(drawn.shape)} samples, {tuple(choice.shape)} of the order, {len(place)} hidden tokens"
+            )
+        if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
+            raise InputError(f"a sample is none of the codes 0 .. {model.mask_id - 1}")
+        if choice.dtype == torch.bool:  # the order's own pace; where it chose none of an image, the most certain one
+            chosen = torch.zeros_like(had).index_add(0, row, choice.long())
+            left = (had - chosen.clamp(min=1)) * (t < last_step)
+            choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
+        commits = all_but_lowest(choice, row, left)
         tokens[row, place] = drawn.masked_fill(~commits, model.mask_id)
         hidden[row, place] = ~commits
         if trace is not None:
@@ -622,42 +597,15 @@ def decode(
     return tokens
 
 
-def function_of(what, choice, functions):
-    """The choice itself if it is a function, or else the one of that name."""
-    if callable(choice):
-        return choice
-    require_choice(what, choice, functions)
-    return functions[choice]
-
-
-def check_mask(tokens, mask):
+def check_tokens(tokens, mask, codes, visible_only=False):
     if tokens.shape != mask.shape or mask.dtype != torch.bool:
         raise InputError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
-
-
-def check_tokens(tokens, codes):
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"tokens are integers, not {tokens.dtype}")
+    tokens = tokens[~mask] if visible_only else tokens
     tokens = tokens.long()  # beside uint8 the number 1024 would wrap round to 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
-        span = f"{int(tokens.min())} .. {int(tokens.max())}"
-        raise InputError(f"the tokens are {span}, but the codes are 0 .. {codes - 1}")
-
-
-def check_choice(drawn, choice, place, codes):
-    for name, returned in (("sample", drawn), ("order", choice)):
-        if returned.shape != place.shape:
-            raise InputError(f"{name} returned {tuple(returned.shape)} for {len(place)} hidden tokens")
-    if bool(((drawn < 0) | (drawn >= codes)).any()):
-        raise InputError(f"sample or order made a token that is none of the codes 0 .. {codes - 1}")
-
-
-def at_own_pace(choice, log_probs, row, had):
-    """What an order's bool choice (n,) commits of the `had` (B,) hidden tokens of each image: bool (n,). Where it is
-    none, the most certain one."""
-    chosen = torch.zeros_like(had).index_add(0, row, choice.long())  # (B,)
-    most_certain = all_but_lowest(log_probs.amax(dim=-1), row, had - 1)
-    return choice | (most_certain & (chosen[row] == 0))
+        raise InputError(f"the tokens are {int(tokens.min())} .. {int(tokens.max())}, the codes 0 .. {codes - 1}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -665,18 +613,16 @@ def at_own_pace(choice, log_probs, row, had):
 
 
 def setting(default, help, *, choices=None, low=None, below=None):
-    """A field of a dataclass of settings: its default, what it is, and which values it may have. Scripts make a flag of
-    each that has a help text."""
+    """A field of a dataclass of settings, with the values that it may have. One with a help text becomes a flag."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, below=below))
 
 
 def check_settings(settings):
-    """Bring the values of such a dataclass to plain Python; InputError if one may not be."""
+    """InputError if such a dataclass has a value that may not be."""
     for each in fields(settings):
         allowed = each.metadata
         kind = type(each.default)
-        value = plain(getattr(settings, each.name), each.name)
-        object.__setattr__(settings, each.name, value)  # it is frozen for all others
+        value = getattr(settings, each.name)
         if not isinstance(value, (int, float) if kind is float else kind):
             raise InputError(f"{each.name} is {value!r}, not of type {kind.__name__}")
         if allowed["choices"]:
@@ -684,27 +630,13 @@ def check_settings(settings):
         low, below = allowed["low"], allowed["below"]
         for number in value if kind is tuple else [value]:
             if not (low is None or number >= low) or not (below is None or number < below):
-                span = f"at least {low}" + (f" and below {below}" if below else "")
+                span = f"at least {low}" if below is None else f"at least {low} and below {below}"
                 raise InputError(f"{each.name} is {value}; it must be {span}")
-
-
-def plain(value, name):
-    """A value of plain Python, as a checkpoint can hold it: numbers of numpy and of tensors become Python's. InputError
-    if there is none."""
-    if isinstance(value, dict):
-        return {plain(key, name): plain(each, f"{name}'s {key}") for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(plain(each, name) for each in value)
-    if getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise InputError(f"{name} is {value!r} of {type(value)}, which a checkpoint cannot hold")
-    return value
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: with the model and its batches all that decides the weights in the end."""
+    """How to train: together with the model and its batches, all that decides the weights at the end."""
 
     steps: int = setting(1000, "updates of the weights", low=1)
     seed: int = setting(0, "of the first weights, batches and dropout", low=0, below=2**63)
@@ -730,10 +662,9 @@ class Recipe:
 
 def fast_precision(device):
     """ "bf16" where the processor multiplies it natively (CUDA since Ampere, AVX512-BF16), else "float32"."""
+    native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # torch has no public name for it
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # torch has no public name for it
     return "bf16" if native else "float32"
 
 
@@ -743,25 +674,24 @@ def precision_context(device, precision):
 
 
 CHECKPOINT_SECONDS = 120  # between two checkpoints
-DROPOUT = 500  # parts the seeds of dropout from those of batches
+DROPOUT = 500  # the part of step_seed that dropout begins at; batches have part 0
 
 
 def train(
     model, batch, recipe, *, out=None, resume=False, force=False, validate=None, best_by=None, tokenizer=None,
     extra=None,
 ):  # fmt: skip
-    """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
+    """Train `model` in place, on its device, to predict the hidden tokens of batch(step); returns the rows of log.csv.
 
     batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
     the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
-    process takes its share of the rows; recipe.accumulate parts are worked through one after another. The gradient is
-    always that of the mean over all tokens of the batch that count.
+    process takes its share of the rows, and the gradient is still that of the mean over the whole batch.
 
     out is a folder for log.csv, to whose rows validate(model) -> dict of numbers adds columns, and for model.pt,
     written every two minutes with the recipe, the tokenizer and `extra`, a dict of tensors. In the end the model is the
     last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe
-    are the same; force starts over where there is one. InputError if the loss is no longer finite, or if a batch hides
-    nothing. However a run ends, the last checkpoint stays whole.
+    are the same; force starts over. InputError if the loss is no longer finite, or if a batch hides nothing. However a
+    run ends, the last checkpoint stays whole.
     """
     device = next(model.parameters()).device
     recipe = recipe.for_device(device)
@@ -781,15 +711,13 @@ def train(
         start_group(device)
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     started = time.monotonic() - state["seconds"]
-    saved = time.monotonic()
-    printed = saved, state["step"]
+    saved = printed = time.monotonic()
     row_every = max(1, recipe.steps // recipe.log_rows)
     model.train()
     while state["step"] < recipe.steps:
         torch.manual_seed(step_seed(recipe.seed, state["step"], DROPOUT + rank))
         tokens, mask, coords = batch(state["step"])
-        check_mask(tokens, mask)
-        check_tokens(tokens, model.mask_id)
+        check_tokens(tokens, mask, model.mask_id)
         if not mask.any():
             raise InputError(f"batch({state['step']}) hides no token, so there is nothing to learn from")
         tokens, mask, coords = (each.to(device, non_blocking=True) for each in (tokens.long(), mask, coords))
@@ -810,8 +738,12 @@ def train(
         if row_due or checkpoint_due:
             require_finite(model, state)
         if row_due:
-            row = dict(step=state["step"], loss=mean_loss(state), seconds=round(state["seconds"], 2), lr=rate)
-            row |= dict(gradient_norm=float(norm)) | validated(model, validate)
+            row = dict(step=state["step"], loss=mean_loss(state), seconds=round(state["seconds"], 2))
+            row |= dict(lr=rate, gradient_norm=float(norm))
+            if validate:
+                with torch.no_grad():
+                    row |= {name: float(value) for name, value in validate(model.eval()).items()}
+                model.train()
             state["history"].append(row)
             state["loss_sum"] = 0.0
             if best_by and row[best_by] == np.nanmin([past[best_by] for past in state["history"]]):
@@ -839,8 +771,7 @@ def process_rank():
 
 
 def start_group(device):
-    """Let the processes find each other, once; until their end they stay together. On a CPU they share its cores, where
-    torchrun gives each a single one."""
+    """Let the processes find each other, once. On a CPU they share its cores; torchrun itself gives each only one."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cpu":
@@ -852,20 +783,17 @@ def make_optimizers(model, recipe):
     """[AdamW], or for "muon" [AdamW, Muon] with the matrices of the blocks on Muon (torch.optim), which makes each
     update orthogonal, scaled to AdamW's size so that both share lr. Only those matrices decay."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    groups = [dict(params=[p for p in model.parameters() if id(p) not in taken], weight_decay=0.0)]
-    decay = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    groups = [dict(params=others, weight_decay=0.0), dict(params=matrices, weight_decay=recipe.weight_decay)]
+    options = dict(lr=recipe.lr, betas=recipe.betas, fused=True)
     if recipe.optimizer == "adamw":
-        groups.append(dict(params=matrices, **decay))
-    optimizers = [torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=True)]
-    if recipe.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(matrices, **decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+        return [torch.optim.AdamW(groups, **options)]
+    muon = torch.optim.Muon(groups[1:], lr=recipe.lr, adjust_lr_fn="match_rms_adamw")
+    return [torch.optim.AdamW(groups[:1], **options), muon]
 
 
 def step_seed(seed, step, part=0):
-    """A seed of its own for each step of a run and each part of the step, such as a process or a sample. The factors
-    are primes, far above the number of parts and of steps: so no two of these share a seed."""
+    """A seed for each part of each step of a run; no two are equal up to a million steps and a thousand parts."""
     return ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
 
 
@@ -874,8 +802,6 @@ def backward(network, inputs, targets, counted, coords, accumulate):
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
     so the parts add up to its mean however the hidden tokens are spread over them."""
     rank, world = process_rank()
-    if len(inputs) < world * accumulate:
-        raise InputError(f"a batch of {len(inputs)} cannot be split over {world} processes x {accumulate} parts")
     total = torch.zeros((), device=inputs.device)
     for i, rows in enumerate(torch.arange(rank, len(inputs), world, device=inputs.device).tensor_split(accumulate)):
         # Processes exchange gradients once, after the last part.
@@ -890,7 +816,7 @@ def backward(network, inputs, targets, counted, coords, accumulate):
 
 
 def update(model, optimizers, recipe, step):
-    """Update the weights by the gradients at hand: the learning rate, and the gradient's norm before it was clipped."""
+    """Update the weights by their gradients; returns the learning rate, and the gradient's norm before clipping."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     rate = learning_rate(step, recipe)
     for optimizer in optimizers:
@@ -903,8 +829,7 @@ def update(model, optimizers, recipe, step):
 
 
 class WithoutBf16(TorchFunctionMode):
-    """Tensor.bfloat16() only copies. torch.optim's Muon multiplies in bf16 whatever the precision of the training, and
-    a processor without it is slow at that."""
+    """Here Tensor.bfloat16() only copies: Muon calls it in any training, and processors without bf16 are slow at it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
@@ -931,59 +856,42 @@ def require_finite(model, state):
 
 
 def print_progress(state, steps, printed):
-    """A line about the progress every 10 seconds; on a terminal every second, in place of the one before. printed is
-    when and at which step there was the last one, and is returned anew."""
+    """A line every 10 seconds, or on a terminal every second in place of the one before; returns when the last was."""
     terminal = sys.stderr.isatty()
     now = time.monotonic()
-    before, since = printed
     step = state["step"]
-    if step < steps and now - before < (1 if terminal else 10):
+    if step < steps and now - printed < (1 if terminal else 10):
         return printed
-    speed = (step - since) / (now - before)
+    speed = step / state["seconds"]
     minutes, seconds = divmod(round((steps - step) / speed), 60)
     line = f"step {step}/{steps}  loss {mean_loss(state):.4f}  {speed:.1f} steps/s  {minutes}:{seconds:02d} left   "
     print(line, end="\r" if terminal and step < steps else "\n", file=sys.stderr, flush=True)
-    return now, step
-
-
-def validated(model, validate):
-    """The numbers that validate finds of the model, by name."""
-    if validate is None:
-        return {}
-    with torch.no_grad():
-        figures = validate(model.eval())
-    model.train()
-    return {name: float(value) for name, value in figures.items()}
+    return now
 
 
 def write_log(path, rows):
-    text = io.StringIO()
-    table = csv.DictWriter(text, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    lines = [list(rows[0]), *([row[name] for name in rows[0]] for row in rows)]
     with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
 
 
 def require_no_run(out, resume, force):
     """InputError if a run would overwrite the one in its folder."""
     if Path(out, "model.pt").exists() and not (resume or force):
-        holds = f"{out} holds a run already"
-        raise InputError(f"{holds}: resume goes on with it, force starts over, another out keeps both")
+        raise InputError(
+            f"{out} holds a run already: resume goes on with it, force starts over, another out keeps both"
+        )
 
 
 def resume_run(path, model, optimizers, state, recipe, best_by):
-    """Bring all to where the run that wrote the checkpoint stopped; returns its best model, if any so far. InputError
-    if its model or recipe was another."""
+    """Bring all to where the checkpoint's run stopped; returns its best model, if any. InputError if it was another."""
     checkpoint = load_checkpoint(path)
-    before = (checkpoint["config"] or {}) | checkpoint["model"].config  # the seed and sizes alike: all is compared
-    now = asdict(recipe) | model.config
+    before = (checkpoint["config"] or {}) | checkpoint["model"].config  # both decide the weights
+    now = plain(asdict(recipe) | model.config)
     for name in sorted(before.keys() | now.keys()):
         if (was := before.get(name)) != now.get(name):
             raise InputError(f"{path} was trained with {name}={was}, not {now.get(name)}; resume as it was")
     training = checkpoint["training"]
-    if training is None:
-        raise InputError(f"{path} holds a model alone, without the training to go on with")
     state.update(training["progress"])
     for part, saved in zip([model, *optimizers], [training["model"], *training["optimizers"]], strict=True):
         part.load_state_dict(saved)
@@ -992,8 +900,7 @@ def resume_run(path, model, optimizers, state, recipe, best_by):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write to that takes its name once it is whole: until then a temporary one beside it has what is
-    written, and nothing is left of that if it fails."""
+    """A file to write to, which takes its name once it is whole; until then it is a temporary one beside it."""
     path = Path(path)
     partial = Path(f"{path}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1007,14 +914,18 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
+def plain(value):
+    """Numbers and strings, also in dicts and lists, as a checkpoint can hold them: those of numpy become Python's."""
+    return json.loads(json.dumps(value, default=lambda number: number.item()))
+
+
 def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, step=0, training=None):
-    """Write model.pt, whole or not at all; InputError if the config has more than plain values, or extra more than
-    tensors."""
+    """Write model.pt, whole or not at all; InputError if extra has more than tensors."""
     model = getattr(model, "_orig_mod", model)  # out of the wrapper of torch.compile
     if not all(isinstance(value, torch.Tensor) for value in (extra or {}).values()):
         raise InputError("extra is no dict of tensors")
-    contents = dict(architecture=plain(model.config, "the model"), weights=model.state_dict(), extra=extra)
-    contents |= dict(config=plain(config, "config"), step=plain(step, "step"), training=training)
+    contents = dict(architecture=plain(model.config), weights=model.state_dict(), extra=extra)
+    contents |= dict(config=plain(config), step=plain(step), training=training)
     if tokenizer:
         centroids = torch.from_numpy(tokenizer.centroids)
         contents["tokenizer"] = dict(centroids=centroids, patch=tokenizer.patch, stride=tokenizer.stride)
@@ -1031,11 +942,8 @@ def read_tensors(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer, or
-    None where the tokens are the pixels), extra, config, step, and training, which train(resume=True) goes on from.
-    InputError if there is no such file, or it is damaged or something else."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no checkpoint {path}")
+    """What save_checkpoint wrote, as a dict: model (MaskGIT on `device`, in eval mode), tokenizer (PatchTokenizer or
+    None), extra, config, step, and training, which train(resume=True) goes on from. InputError if it is damaged."""
     try:
         saved = read_tensors(path)
         model = MaskGIT(**saved["architecture"]).eval()
@@ -1043,19 +951,16 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = saved.get("tokenizer")
         if tokenizer:
             tokenizer = PatchTokenizer(tokenizer["centroids"].numpy(), tokenizer["patch"], tokenizer["stride"])
-        rest = {name: saved[name] for name in ("config", "step", "training")} | {"extra": saved.get("extra")}
+        rest = {name: saved[name] for name in ("config", "step", "training", "extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise InputError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
     return dict(model=model.to(device), tokenizer=tokenizer, **rest)
 
 
 # ---------------------------------------------------------------------------------------------------
-# For the scripts
-#
-# Command line, records and pictures: a copy of this file may end here.
+# For the scripts: command line, records and pictures. A copy of this file may end here.
 
 import argparse
-import json
 import platform
 import re
 import shlex
@@ -1085,13 +990,23 @@ class Experiment(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        training_mask((0, 1), self.mask, coords=torch.zeros(1, 2))  # of no rows: InputError now if it is none
+        training_mask((0, 1), self.mask, coords=torch.zeros(1, 2))  # of no rows: InputError at once if it is none
 
     def new_model(self, codes, device):
         torch.manual_seed(self.seed)
-        names = ("hidden", "dropout", "norm", "head", "positions", "rotary", "learn_temperature")
-        options = {name: getattr(self, name) for name in names}
-        return MaskGIT(codes, self.dim, self.heads, self.layers, **options).to(device)
+        names = (
+            "dim",
+            "heads",
+            "layers",
+            "hidden",
+            "dropout",
+            "norm",
+            "head",
+            "positions",
+            "rotary",
+            "learn_temperature",
+        )
+        return MaskGIT(codes, **{name: getattr(self, name) for name in names}).to(device)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1126,18 +1041,17 @@ def add_run_flags(parser, out):
 def add_flags(parser, settings, **defaults):
     """A flag for each setting of a dataclass that has a help text, some with other defaults."""
     add = parser.add_argument_group(settings.__name__.lower()).add_argument
-    for each in fields(settings):
-        flag = f"--{each.name.replace('_', '-')}"
-        default = defaults.get(each.name, each.default)
-        options = dict(default=default, help=f"{each.metadata['help']}; default %(default)s")
-        if not each.metadata["help"]:
-            continue
-        if isinstance(default, bool):
-            add(flag, action=argparse.BooleanOptionalAction, **options)
-        elif isinstance(default, tuple):
-            add(flag, type=type(default[0]), nargs=len(default), **options)
+    for each in (each for each in fields(settings) if each.metadata["help"]):
+        options = dict(
+            default=defaults.get(each.name, each.default), help=each.metadata["help"] + "; default %(default)s"
+        )
+        if isinstance(each.default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(each.default, tuple):
+            options |= dict(type=type(each.default[0]), nargs=len(each.default))
         else:
-            add(flag, type=type(each.default), choices=each.metadata["choices"], **options)
+            options |= dict(type=type(each.default), choices=each.metadata["choices"])
+        add(f"--{each.name.replace('_', '-')}", **options)
 
 
 def settings_from(arguments, settings):
@@ -1159,9 +1073,9 @@ def at_least(low):
 
 def run_as_script(main):
     """Call main(). Bad input (InputError, OSError) and too little memory end in one line on stderr and exit code 2,
-    Ctrl-C in 130. Of several processes the first alone writes to the screen."""
+    Ctrl-C in 130. Of several processes the first alone prints."""
     if process_rank()[0] > 0:
-        sys.stdout = None  # print() then does nothing
+        sys.stdout = None
     try:
         main()
     except (InputError, OSError, MemoryError, RuntimeError) as error:
@@ -1179,33 +1093,22 @@ def pick_device(name="auto"):
     """The torch.device for "auto" (CUDA where there is one, else CPU), "cpu", "cuda", "cuda:N" or "mps"."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":  # under torchrun each process has its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name  # a process of torchrun has its own
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
         raise InputError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from None
 
 
-def open_run(arguments):
-    """The device of a script's run; InputError if its folder holds a run that it would overwrite."""
-    require_no_run(arguments.out, arguments.resume, arguments.force)
-    return pick_device(arguments.device)
-
-
-CPU_LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # in the environment
-
-
 def run_record():
-    """Where a number comes from: command, commit, whether files differed from it, machine, versions and date, as plain
-    values. To be asked at the start of a run, since the code may change while it runs."""
+    """Where a number comes from, asked at the start of a run, since the code may change meanwhile: plain values."""
     here = Path(__file__).resolve().parent
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(here) if script.is_relative_to(here) else script.name
-    limits = [f"{name}={os.environ[name]}" for name in CPU_LIMITS if name in os.environ]
-    failed, commit = subprocess.getstatusoutput(
-        f"git -C {shlex.quote(str(here))} describe --always --dirty --exclude '*'"
-    )
+    cpu_limits = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+    limits = [f"{name}={os.environ[name]}" for name in cpu_limits if name in os.environ]
+    git = f"git -C {shlex.quote(str(here))} describe --always --dirty --exclude '*'"  # the commit, -dirty if changed
+    failed, commit = subprocess.getstatusoutput(git)
     info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -1220,8 +1123,7 @@ def run_record():
 
 
 def write_figures(record, settings, figures, *paths):
-    """The figures, the settings (a dict), where they come from and how many minutes they took, as JSON to each of the
-    paths that is not None."""
+    """The figures, settings (a dict), record and minutes, as JSON to each of the paths that is not None."""
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}  # JSON has no inf
     minutes = round((time.monotonic() - STARTED) / 60, 1)
     text = json.dumps({**record, "minutes": minutes, "settings": settings, **figures}, indent=1, default=str) + "\n"
@@ -1246,8 +1148,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
-    """Images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns` with titles above them, each pixel `scale`
-    wide: a PIL image."""
+    """A PIL image of images (B, H, W, C), float in [0, 1], C 1 or 3, in columns, each with its title above it."""
     pixels = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
@@ -1262,10 +1163,10 @@ def image_grid(images, columns, *, scale=1, gap=4, titles=()):
     return sheet
 
 
-def save_gif(path, frames, seconds_per_frame=0.4, pause=2.0):
-    """PIL images as an endlessly repeated GIF that rests on the last one for `pause` seconds."""
-    durations = [1000 * seconds_per_frame] * (len(frames) - 1) + [1000 * pause]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+def save_gif(path, frames):
+    """PIL images as an endlessly repeated GIF that rests on the last one."""
+    milliseconds = [400] * (len(frames) - 1) + [2000]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
@@ -1274,14 +1175,13 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
     levels = references or {}
     font = ImageFont.load_default(26)
     left, right, top, bottom = 160, 1300, 120, 960  # twice the size of the picture, for smooth lines
-    lines = {}
-    for label, (xs, ys) in curves.items():
-        lines[label] = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y) and (y > 0 or not log_y)]
-    xs, ys = zip(*sum(lines.values(), []), strict=True)
-    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items() if y > 0 or not log_y}
-    ys = [y for line in lines.values() for _, y in line]
+    lines = {label: list(zip(*curve, strict=True)) for label, curve in curves.items()}
+    xs = [x for line in lines.values() for x, _ in line]
+    lines |= {label: [(min(xs), y), (max(xs), y)] for label, y in levels.items()}
+    for label, line in lines.items():
+        lines[label] = [(x, y) for x, y in line if (0 if log_y else -math.inf) < y < math.inf]
     x_at, x_ticks = axis(xs, left, right)
-    y_at, y_ticks = axis(ys, bottom - 24, top, log_y)
+    y_at, y_ticks = axis([y for line in lines.values() for _, y in line], bottom - 24, top, log_y)  # not on the x axis
     sheet = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(sheet)
     for tick in x_ticks:
@@ -1305,8 +1205,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
 
 def axis(values, start, end, log=False):
     """Where a value lies between the pixels `start` and `end`, and the round values among them."""
-    low = min(values)
-    high = max(values)
+    low, high = min(values), max(values)
     scale = math.log10 if log else float
     if log:
         ticks = [10.0**power * factor for power in range(-12, 13) for factor in (1, 2, 3, 5)]

@@ -6,7 +6,6 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -19,6 +18,7 @@ import math
 import os
 import platform
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -41,8 +41,6 @@ import torch.nn.functional as F
 import train_rectangles
 import train_squares
 from benchmarks import ablation, curve, filling, remedies, reproduce, samplers
-from benchmarks import vqgan as vqgan_costs
-from extras import vqgan
 from maskgit import (
     ORDERS,
     SCHEDULES,
@@ -1993,8 +1991,7 @@ def test_a_painter_by_loops(monkeypatch):
     errors = torch.from_numpy(pixels - decoded).permute(0, 3, 1, 2)
     joined = decoded + inpaint.membrane(errors, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(joined[~holes], pixels[~holes], atol=1e-6)
-    for paint in (painter.paint, functools.partial(vqgan.VQGAN.paint, None)):  # the first one has learnt nothing yet
-        np.testing.assert_allclose(paint(decoded, images, holes), joined, atol=1e-6)
+    np.testing.assert_allclose(painter.paint(decoded, images, holes), joined, atol=1e-6)  # it has learnt nothing yet
     for parameter in painter.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     found = painter.paint(decoded, images, holes)
@@ -2602,344 +2599,6 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------
-# extras/vqgan.py: the reports' VQGAN and transformer
-
-LAYERS = {  # kind and channels that come out: 0, 1, 2 ... in the description
-    "encoder": "conv 128," + 4 * "res 128," + 2 * "res 256," + "down 256," + 2 * "res 256," + 2 * "res 512,"
-    + "down 512,res 512,att 512,res 512,norm 512,swish 512,conv 256",
-    "decoder": "conv 512,res 512,att 512,res 512," + 3 * "res 512,att 512," + "up 512," + 6 * "res 256,"
-    + "up 256," + 6 * "res 128," + "norm 128,conv 3",
-}  # fmt: skip
-
-
-class Take(dict):
-    def __call__(self, name, *shape):
-        """The weight of that name and shape, which is used up."""
-        assert self[name].shape == shape, name
-        return self.pop(name)
-
-
-def by_its_layers(take, part, x, scale=1):
-    """The encoder or decoder of images (B, C, H, W), layer by layer; `scale` divides the channels."""
-
-    def conv(x, name, out, side=3):
-        weight = take(f"{at}{name}.weight", out, x.shape[1], side, side)
-        return F.conv2d(F.pad(x, [side // 2] * 4), weight, take(f"{at}{name}.bias", out))
-
-    def norm(x, name):
-        weight, bias = (take(f"{at}{name}.gn.{end}", x.shape[1]) for end in ("weight", "bias"))
-        return F.group_norm(x, 32, weight, bias, 1e-6)
-
-    for i, (kind, channels) in enumerate(layer.split() for layer in LAYERS[part].split(",")):
-        at = f"{part}.model.{i}"
-        out = 3 if channels == "3" else int(channels) // scale
-        if kind == "res":
-            branch = conv(F.silu(norm(x, ".block.0")), ".block.2", out)
-            branch = conv(F.silu(norm(branch, ".block.3")), ".block.5", out)
-            x = branch + (x if x.shape[1] == out else conv(x, ".channel_up", out, 1))
-        elif kind == "att":
-            normed = norm(x, ".norm")
-            q, k, v = (conv(normed, name, out, 1).flatten(2) for name in (".q", ".k", ".v"))  # (B, C, H * W)
-            shares = (torch.einsum("bcq,bck->bqk", q, k) / math.sqrt(out)).softmax(dim=2)
-            x = x + conv(torch.einsum("bqk,bck->bcq", shares, v).view(x.shape), ".proj_out", out, 1)
-        elif kind == "down":  # with a border at the right and bottom alone the windows begin one pixel further on
-            x = conv(x, ".conv", out)[:, :, 1::2, 1::2]
-        elif kind == "up":
-            x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), ".conv", out)
-        else:
-            x = F.silu(x) if kind == "swish" else norm(x, "") if kind == "norm" else conv(x, "", out)
-    return x
-
-
-def random_weights(network):
-    """Pieces of one tensor, so that a file stays small."""
-    pool = torch.randn(2**22, generator=seeded()) / 20
-    pieces = {n: pool[997 * i :][: w.numel()].view(w.shape) for i, (n, w) in enumerate(network.state_dict().items())}
-    return {n: piece + 1 if n.endswith("weight") and piece.ndim == 1 else piece for n, piece in pieces.items()}
-
-
-def test_vqgan_has_the_names_and_shapes_of_its_file():
-    with torch.device("meta"):
-        take = Take(vqgan.VQGAN().state_dict())
-        assert len(take) == 315 and sum(w.numel() for w in take.values()) == 70_775_299
-        assert by_its_layers(take, "encoder", torch.empty(1, 3, 64, 64)).shape == (1, 256, 16, 16)
-        assert by_its_layers(take, "decoder", torch.empty(1, 256, 16, 16)).shape == (1, 3, 64, 64)
-    rest = {"codebook.embedding.weight": (1024, 256)}
-    for name in ("quant_conv", "post_quant_conv"):
-        rest |= {f"{name}.weight": (256, 256, 1, 1), f"{name}.bias": (256,)}
-    assert {name: tuple(w.shape) for name, w in take.items()} == rest
-
-
-MOMENTS = {"training": [[0.4816, 0.4324, 0.3845], [0.2602, 0.2518, 0.2537]]}
-MOMENTS |= {"filling": [[0.4868, 0.4341, 0.3844], [0.2620, 0.2527, 0.2543]]}
-
-
-@pytest.mark.parametrize("pixels", MOMENTS)
-def test_tokens_and_pictures_of_a_vqgan(pixels, monkeypatch):
-    """A quarter of the channels, one picture at a time: the nearest rows of the codebook, and what they decode to."""
-    monkeypatch.setattr(vqgan, "AT_ONCE", 1)
-    network = vqgan.VQGAN(32, pixels)
-    images = torch.from_numpy(inpaint.cartoon_cats(2, 64)) / 255
-    state = random_weights(network)
-    take = Take(state)
-    mean, std = torch.tensor(MOMENTS[pixels])
-    latents = by_its_layers(take, "encoder", ((images - mean) / std).permute(0, 3, 1, 2), scale=4)
-    latents = F.conv2d(latents, take["quant_conv.weight"], take["quant_conv.bias"]).permute(0, 2, 3, 1)
-    near = latents.reshape(512, 64)[torch.randperm(512, generator=seeded())].repeat(2, 1)
-    codebook = near + state["codebook.embedding.weight"]
-    network.load_state_dict(state | {"codebook.embedding.weight": codebook})
-    tokens = network.encode(images.numpy())
-    distances = (latents.double()[..., None, :] - codebook).square().sum(dim=-1)  # (2, 16, 16, 1024)
-    assert (tokens == distances.argmin(dim=-1).numpy()).all() and len(np.unique(tokens)) > 100
-    latents = codebook[tokens].permute(0, 3, 1, 2)
-    latents = F.conv2d(latents, take["post_quant_conv.weight"], take["post_quant_conv.bias"])
-    expected = (by_its_layers(take, "decoder", latents, scale=4).permute(0, 2, 3, 1) * std + mean).clip(0, 1)
-    np.testing.assert_allclose(network.decode(tokens), expected, atol=1e-4)
-    assert expected.std() > 0.1
-
-
-def transformer_by_its_formulas(take, tokens):
-    """Logits (B, 256, 1025) of tokens (B, 256)."""
-
-    def norm(x, name):
-        return F.layer_norm(x, (768,), take(f"{name}.weight", 768), take(f"{name}.bias", 768), 1e-12)
-
-    def linear(x, name, out):
-        return x @ take(f"{name}.weight", out, x.shape[-1]).T + take(f"{name}.bias", out)
-
-    table = take("tok_emb.weight", 1025, 768)
-    x = norm(table[tokens] + take("pos_emb", 256, 768), "LN")
-    for at in (f"blocks.{i}." for i in range(15)):
-        q, k, v = linear(x, f"{at}Attention.qkv", 2304).view(-1, 256, 3, 16, 48).unbind(2)
-        shares = (torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(48)).softmax(dim=3)
-        heads = torch.einsum("bhqk,bkhd->bqhd", shares, v).flatten(2)
-        x = norm(x + linear(heads, f"{at}Attention.proj", 768), f"{at}LayerNorm1")
-        x = norm(x + linear(F.gelu(linear(x, f"{at}MLP.0", 1536)), f"{at}MLP.2", 768), f"{at}LayerNorm2")
-    x = norm(F.gelu(linear(x, "Token_Prediction.0", 768)), "Token_Prediction.2")
-    return x @ table.T + take("bias", 256, 1025)
-
-
-def random_reports():
-    """Random weights of both, by the names in the files; the attention has no bias, since one student's has none."""
-    with torch.device("meta"):
-        networks = [vqgan.VQGAN(), vqgan.ReportTransformer()]
-    tokenizer, transformer = map(random_weights, networks)
-    transformer = {n: 0 * w if n.endswith("qkv.bias") else w for n, w in transformer.items()}
-    return tokenizer, {n.replace("Attention.out", "Attention.proj"): w for n, w in transformer.items()}
-
-
-reports = pytest.fixture(scope="module", name="reports")(random_reports)
-
-
-def whole_maskgit(tokenizer, transformer):
-    return {f"vqgan.{n}": w for n, w in tokenizer.items()} | {f"transformer.{n}": w for n, w in transformer.items()}
-
-
-def with_attention(state, *names):
-    """With another student's names of query, key and value, in one or three, and of the output."""
-    *inputs, output = names
-    found = {}
-    for n, w in state.items():
-        parts = zip(inputs, w.chunk(len(inputs)), strict=True) if "qkv" in n else [("qkv", w)]
-        found |= {n.replace("qkv", each).replace("n.proj", f"n.{output}"): part for each, part in parts}
-    return found
-
-
-STUDENTS = [
-    ("bare", "qkv", "proj"),
-    ("under model, no bias", "to_qkv", "proj"),
-    ("bare", "q_linear", "k_linear", "v_linear", "out_linear"),
-    ("whole", "query", "key", "value", "output_layer"),
-    ("module", "Wq", "Wk", "Wv", "out"),
-    ("compiled", "W_Q", "W_K", "W_V", "W_O"),
-    ("lightning", "queries", "keys", "values", "fc"),
-    ("parts", "to_q", "to_k", "to_v", "to_out.0"),
-    ("extra", "linear_query", "linear_key", "linear_val", "linear"),
-    ("state dict", "w_qs", "w_ks", "w_vs", "dense"),
-    ("state dict", "qkv_q", "qkv_k", "qkv_v", "qkv_out"),
-    ("bare", "in_proj", "out_proj"),
-]
-
-
-def prefixed(weights, prefix):
-    return {f"{prefix}{n}": w for n, w in weights.items()}
-
-
-WRAPS = {
-    "bare": lambda state, _: state,
-    "under model, no bias": lambda state, _: {"epoch": 3, "model": state, "optimizer": {"state": {0: {"step": ONE}}}},
-    "whole": lambda state, tokenizer: whole_maskgit(tokenizer, state),
-    "module": lambda state, tokenizer: {"model": prefixed(whole_maskgit(tokenizer, state), "module.")},
-    "compiled": lambda state, _: dict(reversed(prefixed(state, "_orig_mod.").items())),
-    "lightning": lambda state, _: {"state_dict": prefixed(state, "model.transformer."), "loops": {"fit": {"a.b": 1}}},
-    "parts": lambda state, tokenizer: {"transformer": state, "vqgan": tokenizer},
-    "extra": lambda state, _: state | {"epoch": 7, "optimizer": {"param_groups": [{"lr": 0.1}]}},
-    "state dict": lambda state, _: {"model_state_dict": prefixed(state, "module._orig_mod."), "best_loss": 0.5},
-}
-ONE = torch.ones(1)
-
-
-@pytest.mark.parametrize(("wrap", "names"), [(wrap, names) for wrap, *names in STUDENTS])
-def test_each_students_names_and_wrappers_are_the_same_weights(wrap, names, reports):
-    tokenizer, state = reports
-    contents = with_attention(state, *names)
-    if "no bias" in wrap:
-        contents = {n: w for n, w in contents.items() if not n.endswith(f"{names[0]}.bias")}
-    found = vqgan.one_attention(vqgan.weights_of(WRAPS[wrap](contents, tokenizer), "transformer"))
-    expected = {n.replace("Attention.proj", "Attention.out"): w for n, w in state.items()}
-    assert found.keys() == expected.keys() and all(torch.equal(found[n], w) for n, w in expected.items())
-
-
-@beside_the_others
-def test_a_transformer_by_its_formulas(tmp_path):
-    _, state = random_reports()
-    assert len(state) == 189 and sum(w.numel() for w in state.values()) == 72_745_472
-    mask = random_mask((1, 256), 0.3, seeded())
-    tokens = torch.randint(1024, (1, 256), generator=seeded())
-    hidden = tokens.masked_fill(mask, 1024)
-    take = Take(state)
-    logits = transformer_by_its_formulas(take, hidden)[..., :1024]
-    assert not take and logits.std() > 0.5
-    beside = {"args": argparse.Namespace(lr=0.1), "losses": [np.float64(0.5), np.float32(0.5)], "epoch": np.int64(3)}
-    torch.save({"model": state} | beside, tmp_path / "best.pth")
-    model = vqgan.load_transformer(tmp_path / "best.pth", "cpu")
-    np.testing.assert_allclose(model(hidden).detach(), logits, atol=1e-3)
-
-
-@beside_the_others
-def test_files_of_anything_else_are_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tokenizer, state = random_reports()
-    three = torch.ones(3)
-    lacking = with_attention(state, "Wq", "Wk", "Wv", "out")
-    del lacking["blocks.3.Attention.Wk.weight"]
-    path = tmp_path / "file.pt"
-    torch.save(tokenizer, path)
-    whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[len(flipped) // 2] ^= 1
-    for part, content, said in [
-        ("vqgan", b"", "file.pt does not hold the reports' vqgan"),
-        ("vqgan", whole[:-1000], "not a zip file"),
-        ("vqgan", bytes(flipped), "another checksum"),
-        ("vqgan", Malicious(), r"damaged or asks to run code; torch.save\(model.state_dict"),
-        ("vqgan", [three], "list"),
-        ("vqgan", {"epoch": 3}, "weights under no key; its 1 keys are 'epoch'"),
-        ("vqgan", {"model": tokenizer, "ema": tokenizer}, "weights under 'model', 'ema'; its 2 keys"),
-        ("vqgan", state, "504 keys do not fit: .*'LN.bias'.* 189 keys are "),
-        ("vqgan", tokenizer | {"loss.bias": three}, r"'loss.bias' is \(3,\) where nothing is expected"),
-        ("vqgan", tokenizer | {"quant_conv.bias": three}, r"'quant_conv.bias' is \(3,\) where \(256,\)"),
-        ("vqgan", tokenizer | {"quant_conv.bias": torch.full((256,), math.nan)}, "no numbers"),
-        ("transformer", tokenizer, "no names; its 315 keys are 'encoder.model.0.weight'"),
-        ("transformer", with_attention(state, "kqv", "proj"), "its attention has kqv.bias, kqv.weight, proj"),
-        ("transformer", with_attention(state, "a.0", "a.1", "a.2", "a.3"), "its attention has a.0.bias, a.0.weight"),
-        ("transformer", with_attention(state, "q", "k", "v", "query"), "its attention has k.bias, k.weight, q.bias"),
-        ("transformer", state | {"blocks.0.Attention.Wq.weight": three}, "its attention has Wq.weight, proj.bias"),
-        ("transformer", state | {"blocks.0.Attention.scale": three}, "its attention has proj.bias, .*, scale;"),
-        ("transformer", lacking, "its attention has Wk.bias, Wq.bias"),
-        ("transformer", state | {"transformer.bias": three}, "'transformer.bias' is"),
-        ("transformer", state | {"model": state}, "weights under '', 'model'"),
-    ]:
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        load = vqgan.load_vqgan if part == "vqgan" else vqgan.load_transformer
-        assert re.search(said, refusal(load, path, "cpu")) and not Path("owned").exists()
-
-
-@pytest.fixture
-def small_vqgan(monkeypatch):
-    monkeypatch.setattr(vqgan.VQGAN.__init__, "__defaults__", (32, "training"))
-    network = vqgan.VQGAN()
-    network.load_state_dict(random_weights(network))
-    return network
-
-
-def test_the_reports_files_fill_a_picture(reports, small_vqgan, tmp_path, monkeypatch):
-    whole = tmp_path / "whole.pth"
-    torch.save(whole_maskgit(small_vqgan.state_dict(), reports[1]), whole)
-    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
-    fill = Mock(wraps=inpaint.fill)
-    monkeypatch.setattr(inpaint, "fill", fill)
-    options = [*paths_of(tmp_path, tmp_path / "out"), "--decode-steps", 2]
-    assert call(vqgan, "--vqgan", whole, "--transformer", whole, *options) == 0
-    [filled] = (np.asarray(Image.open(file)) for file in (tmp_path / "out").glob("*.png"))
-    assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
-    tokenizer = fill.call_args.args[0]["tokenizer"]
-    assert tokenizer.mean == pytest.approx((0.4868, 0.4341, 0.3844)), "as the reports fill"
-
-
-def test_what_is_visible_knows_nothing_of_the_hole(small_vqgan):
-    """Of two pictures that differ in a hole alone even visible tokens differ, but not those that the model is given:
-    those of both with a membrane over the hole."""
-    images = inpaint.cartoon_cats(1, 64).repeat(2, axis=0)
-    holes = np.zeros((2, 64, 64), bool)
-    holes[:, 20:44, 20:44] = True
-    images[1][holes[1]] = 255 - images[1][holes[1]]
-    true = torch.from_numpy(small_vqgan.encode(images / np.float32(255))).flatten(1)
-    pixels = torch.from_numpy(images / np.float32(255)).permute(0, 3, 1, 2)
-    covered = inpaint.membrane(pixels, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
-    covered = small_vqgan.encode(covered)
-    checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
-    for targets in (True, False):
-        tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)
-        assert (true[0] != true[1])[~mask[0]].any()
-        assert torch.equal(tokens[~mask], torch.from_numpy(covered).flatten(1)[~mask])
-        assert torch.equal(tokens[mask], true[mask]) == targets
-
-
-def test_the_share_of_visible_tokens_that_change(small_vqgan, tmp_path):
-    torch.save(small_vqgan.state_dict(), tmp_path / "VQGAN.pt")
-    shares = vqgan_costs.changed_tokens(2, tmp_path / "VQGAN.pt")
-    assert shares.keys() == {"grey", "membrane"} and all(0 < share < 1 for share in shares.values())
-
-
-def test_a_run_on_a_vqgans_tokens(small_vqgan, inpaint_run, tmp_path, monkeypatch, capsys):
-    """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights. It resumes to scores."""
-    monkeypatch.setattr(inpaint, "ways_to_fill", lambda *_: {})
-    monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
-    monkeypatch.setattr(inpaint, "paint_pictures", lambda *_: None)
-    state = small_vqgan.state_dict()
-    run, out, file, other = (tmp_path / name for name in ("run", "no", "VQGAN.pt", "other.pt"))
-    torch.save({f"vqgan.{n}": w for n, w in state.items()}, file)
-    torch.save(state | {"quant_conv.bias": torch.ones(64)}, other)
-    small = ["--cartoons", 6, "--seed", 220, "--no-mirror", "--test-images", 8, "--device", "cpu", "--out", run]
-    small += ["--dim", 16, "--heads", 2, "--layers", 1, "--batch-size", 4, "--steps", 2]
-    with monkeypatch.context() as patch:
-        patch.setattr(inpaint, "score", Mock(side_effect=OSError))
-        assert call(vqgan, "--vqgan", file, *small) == 2
-    assert call(vqgan, "--vqgan", file, *small, "--resume") == 0
-    digest = hashlib.sha256(b"".join(w.numpy() for w in state.values()))
-    assert saved(run)["tokenizer"] is None and saved(run)["config"]["vqgan_sha256"] == digest.hexdigest()
-    assert set(json.loads((run / "metrics.json").read_text())["cross_entropy"]) == {"test", "seen"}
-    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
-    [filled] = filled_pairs(run, tmp_path, "--vqgan", file, script=vqgan).values()
-    assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
-    before = (run / "model.pt").read_bytes()
-    files = paths_of(tmp_path, out)
-    by_run = [*files, "--checkpoint", run / "model.pt"]
-    resumed = [*small, "--resume"]
-    of_file = [vqgan, "--vqgan", file]
-    of_other = [vqgan, "--vqgan", other]
-    capsys.readouterr()
-    for script, *arguments, said in [
-        (inpaint, *by_run, "no checkpoint of inpaint.py"),
-        (inpaint, *resumed, "no checkpoint of inpaint.py"),
-        (*of_other, *by_run, "trained with another VQGAN"),
-        (*of_other, *resumed, "trained with another VQGAN"),
-        (*of_file, *by_run, "--checkpoint", inpaint_run / "model.pt", "without a VQGAN: it is for inpaint.py"),
-        (*of_file, *resumed, "--out", inpaint_run, "without a VQGAN: it is for inpaint.py"),
-        (*of_file, *by_run, "--evidence", "--evidence and --sample mean need a centroid in pixels"),
-        (*of_file, *by_run, "--sample", "mean", "--evidence and --sample mean need a centroid in pixels"),
-        (*of_file, *by_run, "--transformer", other, "fill by one of them"),
-        (vqgan, *files, "--transformer", other, "required: --vqgan"),
-        (*of_file, *files, "name all three"),
-        (*of_file, *small, "--out", out, "--size", 32, "pictures of 64x64"),
-    ]:
-        assert call(script, *arguments) == 2, said
-        assert re.fullmatch(f"error: .*{said}.*\n", capsys.readouterr().err), said
-    assert not out.exists() and (run / "model.pt").read_bytes() == before
-
-
-# ---------------------------------------------------------------------------------------------------
 # Several processes, as torchrun starts them, with gloo
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -3030,7 +2689,8 @@ def test_two_processes_agree_with_one_and_stop_together(tmp_path, monkeypatch):
 # fid.py: the network
 
 
-def write_inception(path):
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
     """A file of random weights under which signals keep their size."""
     torch.manual_seed(0)
     state = fid.Inception().state_dict()
@@ -3039,13 +2699,9 @@ def write_inception(path):
             torch.nn.init.kaiming_normal_(values)
         elif ".bn." in name and values.is_floating_point():
             values.uniform_(0.5, 1.5)
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
     torch.save(state, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    return write_inception(tmp_path_factory.mktemp("weights") / "weights.pth")
 
 
 def inception_by_functions(state, x):
@@ -3089,18 +2745,16 @@ def inception_by_functions(state, x):
     yield x.mean((2, 3))
 
 
-@beside_the_others
-def test_inception_equals_an_independent_network(tmp_path):
+def test_inception_equals_an_independent_network(inception_weights):
     """In the release's 566 names and shapes, by their hash, and in the features of every layer."""
-    weights = write_inception(tmp_path / "weights.pth")
-    state = torch.load(weights)
+    state = torch.load(inception_weights)
     x = torch.rand(1, 3, 299, 299, generator=seeded()) * 2 - 1
     shapes = json.dumps({name: list(values.shape) for name, values in state.items()}, sort_keys=True)
     digest = hashlib.sha256(shapes.encode()).hexdigest()
     assert digest == "1932d991bb5cf8808abf9f0ad5ddee2fcd56818e5de76c379f0bcae7edafe563"
     with torch.inference_mode():
         for dims, expected in zip(fid.DIMS, inception_by_functions(state, x), strict=True):
-            found = fid.load_inception(dims, weights)(x)
+            found = fid.load_inception(dims, inception_weights)(x)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
@@ -3118,10 +2772,9 @@ def test_images_are_resized_without_corner_alignment():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@beside_the_others
-def test_weights_are_fetched_once_and_a_damaged_copy_again(tmp_path, monkeypatch):
+def test_weights_are_fetched_once_and_a_damaged_copy_again(inception_weights, tmp_path, monkeypatch):
     """From a server whose file is an error page in the end, and then none; those are not kept."""
-    content = write_inception(tmp_path / "weights.pth").read_bytes()
+    content = inception_weights.read_bytes()
     served = tmp_path / f"weights-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     copy = tmp_path / "hub" / "checkpoints" / served.name
     monkeypatch.setattr(fid, "WEIGHTS_URL", served.as_uri())
@@ -3142,12 +2795,11 @@ def test_weights_are_fetched_once_and_a_damaged_copy_again(tmp_path, monkeypatch
 
 def test_wrong_weights_are_refused(inception_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("truncated.pth").write_bytes(inception_weights.read_bytes()[:100_000])
     torch.save({"weight": torch.zeros(3)}, "other.pth")
     torch.save(Malicious(), "pickle.pth")
     shutil.copy(inception_weights, "weights-01234567.pth")
-    reasons = {"truncated": "does not hold", "other": "does not hold", "pickle": "does not hold"}
-    for name, reason in (reasons | {"weights-01234567": "is damaged", "nothing": "no file"}).items():
+    reasons = {"nothing": "no file", "weights-01234567": "damaged", "other": "not hold", "pickle": "not hold"}
+    for name, reason in reasons.items():
         said = refusal(fid.load_inception, 64, f"{name}.pth")
         assert f"{name}.pth" in said and reason in said
     assert not Path("owned").exists()
@@ -3192,16 +2844,10 @@ def test_features_and_covariances_give_the_same_distance(n, m):
 def test_distances_refuse_what_they_cannot_compare():
     x = np.random.default_rng(0).random((9, 4))
     eye = np.eye(4)
-    for distance, arguments, reason in [
-        (fid.frechet_distance_from_features, (x, x[:, :3]), "features (9, 4) and (9, 3)"),
-        (fid.frechet_distance_from_features, (x, x[:1]), "at least 2"),
-        (fid.frechet_distance_from_features, (x, x * np.nan), "finite"),
-        (fid.frechet_distance, (x[0], eye, x[0], np.eye(5)), "do not fit"),
-        (fid.frechet_distance, (x[0], eye, x[0, :3], eye), "do not fit"),
-        (fid.frechet_distance, (x[0], eye, x[0], eye + np.inf), "finite"),
-        (fid.kernel_distance, (x[:3], x), "four images"),
-    ]:
-        assert reason in refusal(distance, *arguments)
+    assert "at least 2" in refusal(fid.frechet_distance_from_features, x, x[:1])
+    assert "finite" in refusal(fid.frechet_distance, x[0], eye, x[0], eye * np.nan)
+    assert "do not fit" in refusal(fid.frechet_distance, x[0], eye, x[:1].T, eye)
+    assert "four images" in refusal(fid.kernel_distance, x[:3], x)
 
 
 def test_kernel_distance_by_loops():
@@ -3245,17 +2891,13 @@ def call_fid(inception_weights, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def two_folders(tmp_path_factory):
-    """Images of every mode and several sizes and suffixes; the second folder is lighter."""
+    """Images of several modes, sizes and suffixes; the second folder is lighter."""
     folders = [tmp_path_factory.mktemp("images") for _ in range(2)]
     for lightness, folder in zip((0, 60), folders, strict=True):
         rng = np.random.default_rng(lightness)
-        for i, name in enumerate(["RGB.JPG", "L.bmp", "RGBA.png", "CMYK.jpeg", "P.png", "1.tif", "LA.png", "I;16.png"]):
+        for i, name in enumerate(["RGB.JPG", "L.bmp", "RGBA.png", "CMYK.jpeg", "P.png", "1.tif", "LA.png"]):
             pixels = rng.integers(lightness, 200, (20 + i % 2 * 5, 30, 3), dtype=np.uint8)
-            mode = name.split(".")[0]
-            grey = Image.fromarray(257 * pixels[..., 0].astype(np.uint16))
-            image = grey if mode == "I;16" else Image.fromarray(pixels).convert(mode)
-            image.save(folder / name)
-        (folder / "notes.md").write_text("not an image")
+            Image.fromarray(pixels).convert(name.split(".")[0]).save(folder / name)
     return folders
 
 
@@ -3264,17 +2906,13 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
     features = []
     state = torch.load(inception_weights)
     for folder in two_folders:
-        opened = [Image.open(path) for path in sorted(folder.glob("*.[!m]*"))]
-        deep = opened.index(next(image for image in opened if image.mode == "I;16"))
-        opened[deep] = Image.fromarray((np.asarray(opened[deep]) // 257).astype(np.uint8))
-        images = [np.asarray(image.convert("RGB")) for image in opened]
+        images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
         features.append(next(inception_by_functions(state, fid.network_input(images, "cpu"))).numpy())
     expected = pytest.approx(fid.frechet_distance_from_features(*features), rel=1e-4)
-    (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3)
+    (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3, "--num-workers", 2)
     assert found == expected and kid == pytest.approx(fid.kernel_distance(*features)[0], rel=1e-3)
-    assert "8/8 images" in screen and "warning: 8 and 8 images" in screen and "--kid" in screen
-    a = tmp_path / "a.npz"
-    b = tmp_path / "b.npz"
+    assert "7/7 images" in screen and "warning: 7 and 7 images" in screen and "--kid" in screen
+    a, b = (tmp_path / name for name in ("a.npz", "b.npz"))
     for path, folder in zip((tmp_path / "a", b), two_folders, strict=True):
         call_fid("--save-stats", folder, path)
     assert sorted(tmp_path.iterdir()) == [a, b] and sorted(np.load(a)) == ["mu", "sigma"]
@@ -3291,110 +2929,72 @@ def test_the_options_of_pytorch_fid(monkeypatch):
     assert settings.save_stats and settings.path == [Path("a"), Path("b")]
 
 
-def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch, capsys):
+def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = two_folders[0]
-    for folder in ("empty", "single", "damaged"):
+    for folder, size in (("single", None), ("damaged", 300)):
         Path(folder).mkdir()
-    for name in ("CMYK.jpeg", "RGB.JPG"):
-        Path("damaged", name).write_bytes((good / name).read_bytes()[:300])
-    shutil.copy(good / "RGB.JPG", "single")
-    np.savez_compressed("stats.npz", mu=np.zeros(64), sigma=np.eye(64))
-    whole = Path("stats.npz").read_bytes()
-    Path("bits.npz").write_bytes(whole[:56] + bytes(8) + whole[64:])
-    Path("text.npz").write_text("no archive")
-    np.savez("unfit.npz", mu=np.zeros(64), sigma=np.eye(3))
+        Path(folder, "RGB.JPG").write_bytes((good / "RGB.JPG").read_bytes()[:size])
+    Image.fromarray(np.array([[0, 400]], np.float32)).save("damaged/F.tif")
+    np.savez("stats.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez("other.npz", mean=np.zeros(3))
-    Path("cut").mkdir()
-    for name in "ab":
-        Image.fromarray(np.array([[0, 400.0 * (name == "b")]], np.float32)).save(f"cut/{name}.tif")
     for arguments, said in [
-        ((good, "empty"), "empty holds 0 images"),
         (("single", good), "single holds 1 images"),
-        ((good, "nothing"), "nothing is neither"),
-        ((good, good / "RGB.JPG"), "RGB.JPG is neither"),
-        ((good, "unfit.npz"), "unfit.npz: mu"),
-        *(((good, f"{name}.npz"), f"{name}.npz is no statistics file") for name in ("bits", "text", "other")),
+        ((good, "other.npz"), "other.npz is neither"),
         ((good, "stats.npz", "--dims", 192), "64 features per image, the other 192"),
         ((good, "stats.npz", "--kid"), "--kid needs two folders"),
-        ((good, good, "--device", "cuda:99"), "device cuda:99 cannot be used"),
-        ((good, good, "--device", "x"), "device x cannot be used"),
         (("--save-stats", good, "stats.npz"), "stats.npz exists"),
-        (("--save-stats", good, "no/a.npz"), "no folder"),
-        ((good, "cut"), "b.tif cannot be read: its values, 0 to 400, are no brightness"),
-        (("--save-stats", "damaged", "new.npz"), "CMYK.jpeg cannot be read.*RGB.JPG cannot be read"),
+        (("--save-stats", "damaged", "new.npz"), "F.tif .* 0 to 400, are no brightness.*RGB.JPG cannot be read"),
     ]:
         assert re.search(said, refusal(call_fid, *arguments))
-    assert not Path("new.npz").exists() and np.load("stats.npz")["mu"].shape == (64,)
+    assert not list(Path().glob("new*")) and sorted(np.load("stats.npz")) == ["mu", "sigma"]
     Path("mine.npz.partial").write_text("somebody's")
-    with pytest.raises(FileExistsError):
+    with monkeypatch.context() as patch, pytest.raises(FileExistsError):
+        patch.setattr(fid, "measured", None)  # said before the work
         call_fid("--save-stats", good, "mine")
-    assert Path("mine.npz.partial").read_text() == "somebody's" and not list(Path().glob("new*"))
-    with monkeypatch.context() as patch:
-        patch.setattr(fid, "measured", None)  # what is impossible is said before the work
-        Path("locked.npz.partial").mkdir()
-        with pytest.raises(OSError, match="locked"):
-            call_fid("--save-stats", good, "locked")
-    capsys.readouterr()
-    for option in [("--batch-size", 0), ("--num-workers", -1), ("--dims", 5), ("--batch-size", "x"), ("--dims", "")]:
-        with pytest.raises(SystemExit, match="2"):
-            call_fid(good, good, *option)
-        assert re.fullmatch("error: .*\n", capsys.readouterr().err)
+    assert Path("mine.npz.partial").read_text() == "somebody's"
 
 
 def test_large_images_are_shrunk_where_they_are_read_and_folders_below_are_told(tmp_path, capsys):
-    for name in ("large.png", "small.png", ".hidden.png", "below/c.png", "below/deep/d.JPG", "below/e.txt"):
+    for name in ("large.png", "small.png", ".hidden.png", "below/c.png", "below/deep/d.JPG", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(noise_picture(0, *((1400, 1100) if "large" in name else (20, 16)))).save(tmp_path / name, "PNG")
     images = fid.ImageFolder(tmp_path)
     assert f"{tmp_path}: 2 images in its subfolders are not counted" in capsys.readouterr().err
     large, small = images
     assert large.nbytes == 4 * 3 * 299 * 299 and small.shape == (16, 20, 3) and len(images) == 2
-    direct = [np.asarray(Image.open(tmp_path / name)) for name in ("large.png", "small.png")]
-    expected = torch.cat([fid.network_input([image], "cpu") for image in direct])
+    expected = torch.cat([fid.network_input([np.asarray(Image.open(path))], "cpu") for path in images.files])
     torch.testing.assert_close(fid.network_input([large, small], "cpu"), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(fid.network_input([large], "cpu"), expected[:1], rtol=0, atol=1e-6)
 
 
-class Killed(torch.utils.data.Dataset):
-    """Images of which the second ends the process that reads it, as a system without memory does."""
-
-    folder = "photographs"
-
-    def __len__(self):
-        return 4
+class Killed(list):
+    """Images that end the process in which one is read, as a system without memory does."""
 
     def __getitem__(self, i):
-        if i == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return np.zeros((8, 8, 3), np.uint8)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_too_little_memory_ends_in_one_line():
     with pytest.raises(RuntimeError) as killed:
-        list(fid.folder_features(Killed(), torch.nn.Conv2d(3, 1, 1), 1, num_workers=1))
+        list(fid.folder_features(Killed(range(2)), torch.nn.Conv2d(3, 1, 1), 1, num_workers=1))
     for error in (MemoryError(), killed.value, torch.OutOfMemoryError("CUDA out of memory")):
-        assert fid.explained(error) == "not enough memory: lower --batch-size or --num-workers"
-    with pytest.raises(RuntimeError, match="illegal"):
-        fid.explained(RuntimeError("an illegal memory access"))
+        assert fid.lacks_memory(error)
+    assert not fid.lacks_memory(RuntimeError("an illegal memory access"))
 
 
-@beside_the_others
-def test_fid_as_a_program(tmp_path):
-    """With workers; and an error is one line and exit code 2."""
-    weights = write_inception(tmp_path / "weights.pth")
-    folders = [tmp_path / name for name in ("a", "b")]
-    for darker, folder in enumerate(folders, start=1):
-        folder.mkdir()
-        for i in range(4):
-            Image.fromarray(noise_picture(i) // darker).save(folder / f"{i}.png")
-    command = [sys.executable, HERE / "fid.py", "--weights", weights, "--dims", "64", "--device", "cpu"]
-    inputs = ([*folders, "--num-workers", "2"], ["no", "folder"])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    started = [subprocess.Popen([*command, *given], **pipes) for given in inputs]
-    (shown, errors), wrong = (process.communicate() for process in started)
-    assert started[0].returncode == 0 and re.fullmatch(r"FID:  \d+\.\d+\n", shown), errors
-    assert started[1].returncode == 2 and wrong[0] == "" and re.fullmatch("error: .*\n", wrong[1])
+def test_errors_of_fid_as_a_program(two_folders, inception_weights, monkeypatch, capsys):
+    """Bad input is one line and exit code 2; another error keeps its traceback."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
+        runpy.run_path(str(HERE / "fid.py"), run_name="__main__")
+
+    for arguments in (["no", "folder"], ["a", "b", "--dims", 5]):
+        with pytest.raises(SystemExit, match="2"):
+            run(*arguments)
+        assert re.fullmatch("error: .*\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="num_workers"):
+        run(*two_folders, "--num-workers", -1, "--weights", inception_weights, "--device", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3620,7 +3220,6 @@ FLAGS = {
     train_squares: "--preset --head --grid --weight-decay --positions",
     inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --painter-steps",
     train_rectangles: "--task --rectangles --points --fixed-points --no-rotary",
-    vqgan: "--vqgan --transformer --checkpoint --data --preset",
 }
 
 

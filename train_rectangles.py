@@ -385,7 +385,8 @@ def parse_arguments():
 def main():
     record = maskgit.run_record()
     arguments, recipe = parse_arguments()
-    device = maskgit.open_run(arguments)
+    maskgit.require_no_run(arguments.out, arguments.resume, arguments.force)
+    device = maskgit.pick_device(arguments.device)
     recipe = recipe.for_device(device)
     out = arguments.out
     if arguments.resume:

@@ -1,14 +1,14 @@
-"""R1 and R2's own files: their VQGAN as the tokenizer of inpaint.py, and their transformer. 64x64 pictures.
+"""R1 and R2's own files (two reports of a course): their VQGAN as the tokenizer of inpaint.py, and their transformer.
 
     python extras/vqgan.py --vqgan VQGAN.pt --transformer best_val.pth --images DIR --masks DIR --out DIR    fill
     python extras/vqgan.py --vqgan VQGAN.pt --data FOLDER                                                    train
     python extras/vqgan.py --vqgan VQGAN.pt --checkpoint runs/vqgan/model.pt --images DIR --masks DIR --out DIR
 
-The VQGAN is frozen. It sees the whole picture, so the hole is covered before it is encoded, and nothing of what is in
-it reaches the model. Its codes have no centroids in pixels: neither --evidence nor --sample mean is possible. A model
-that is trained here belongs to its VQGAN, whose weights model.pt names by their SHA-256.
-
-Written from a description of the files, and checked with random weights only (results/vqgan.json).
+Pictures are 64x64. The VQGAN is frozen. It sees the whole picture, so a hole is covered by a membrane before it is
+encoded (the reports paint it grey), and nothing of what is in it reaches the model. Its codes have no centroids in
+pixels: neither --evidence nor --sample mean is possible. A model that is trained here belongs to its VQGAN, whose
+weights model.pt names by their SHA-256. Written from a description of the files, and checked with random weights only:
+no real file was at hand.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import itertools
 import pickle
 import re
 import sys
+import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import inpaint
 import maskgit
+from maskgit import InputError
 
-AT_ONCE = 16  # pictures that the VQGAN is given: 1 GB
-PIXELS = {  # mean and deviation of red, green and blue: those that the reports train by, and those they fill by
+AT_ONCE = 16  # pictures that the VQGAN is given, in 1 GB of memory
+MOMENTS = {  # mean and deviation of red, green and blue: the reports train by others than they fill by
     "training": ((0.4816, 0.4324, 0.3845), (0.2602, 0.2518, 0.2537)),
     "filling": ((0.4868, 0.4341, 0.3844), (0.2620, 0.2527, 0.2543)),
 }
@@ -40,6 +42,7 @@ PIXELS = {  # mean and deviation of red, green and blue: those that the reports 
 
 
 def named(**modules):
+    """A sequence of modules that are attributes of these names."""
     return nn.Sequential(OrderedDict(modules))
 
 
@@ -51,7 +54,18 @@ def conv3(width, out):
     return nn.Conv2d(width, out, 3, padding=1)
 
 
+def down(width):
+    """To half the side. The border is at the right and at the bottom alone."""
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+
+
+def up(width):
+    """To twice the side."""
+    return named(nearest=nn.Upsample(scale_factor=2), conv=conv3(width, width))
+
+
 def residuals(*widths):
+    """Blocks from each width to the next."""
     return [Residual(width, out) for width, out in itertools.pairwise(widths)]
 
 
@@ -60,8 +74,9 @@ class Residual(nn.Module):
 
     def __init__(self, width, out):
         super().__init__()
-        halves = [[group_norm(a), nn.SiLU(), conv3(a, out)] for a in (width, out)]
-        self.block = nn.Sequential(*halves[0], *halves[1])
+        first = [group_norm(width), nn.SiLU(), conv3(width, out)]
+        second = [group_norm(out), nn.SiLU(), conv3(out, out)]
+        self.block = nn.Sequential(*first, *second)
         self.channel_up = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
 
     def forward(self, x):
@@ -79,41 +94,42 @@ class NonLocal(nn.Module):
     def forward(self, x):
         normed = self.norm(x)
         qkv = (layer(normed).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, H * W, width) each
-        return x + self.proj_out(F.scaled_dot_product_attention(*qkv).transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(*qkv).transpose(1, 2)  # (B, width, H * W)
+        return x + self.proj_out(attended.reshape(x.shape))
 
 
 class VQGAN(nn.Module):
-    """The reports' tokenizer: 64x64 pictures as 16x16 tokens of 1024 codes, from and to numpy as PatchTokenizer has
-    them. A token depends on the whole picture, and a picture on all tokens."""
+    """The reports' tokenizer, used as a PatchTokenizer: 64x64 pictures as 16x16 tokens of 1024 codes, both as arrays. A
+    token depends on the whole picture, and a picture on all tokens. It also serves as inpaint.py's painter."""
 
     patch = 4
     centroids = None  # in pixels: there are none
 
-    def __init__(self, width=128, pixels="training"):
+    def __init__(self, width=128, moments="training"):
         super().__init__()
-        self.mean, self.std = np.array(PIXELS[pixels], np.float32)
+        self.mean, self.std = np.array(MOMENTS[moments], np.float32)
         a, b, c = width, 2 * width, 4 * width
-        down = [named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(w, w, 3, stride=2)) for w in (b, c)]  # half a side
-        up = [named(nearest=nn.Upsample(scale_factor=2), conv=conv3(w, w)) for w in (c, b)]  # a side twice as long
-        encoder = [conv3(3, a), *residuals(a, a, a, a, a, b, b), down[0], *residuals(b, b, b, c, c), down[1]]
+        encoder = [conv3(3, a), *residuals(a, a, a, a, a, b, b), down(b)]  # 64x64 -> 32x32
+        encoder += [*residuals(b, b, b, c, c), down(c)]  # -> 16x16
         encoder += [Residual(c, c), NonLocal(c), Residual(c, c), group_norm(c), nn.SiLU(), conv3(c, b)]
         decoder = [conv3(b, c), Residual(c, c), NonLocal(c), Residual(c, c)]
-        decoder += [layer for _ in range(3) for layer in (Residual(c, c), NonLocal(c))]
-        decoder += [up[0], *residuals(c, b, b, b, b, b, b), up[1], *residuals(b, a, a, a, a, a, a)]
+        decoder += [Residual(c, c), NonLocal(c), Residual(c, c), NonLocal(c), Residual(c, c), NonLocal(c)]
+        decoder += [up(c), *residuals(c, b, b, b, b, b, b)]  # 16x16 -> 32x32
+        decoder += [up(b), *residuals(b, a, a, a, a, a, a)]  # -> 64x64
         decoder += [group_norm(a), conv3(a, 3)]
-        self.encoder, self.decoder = (named(model=nn.Sequential(*layers)) for layers in (encoder, decoder))
+        self.encoder = named(model=nn.Sequential(*encoder))
+        self.decoder = named(model=nn.Sequential(*decoder))
         self.codebook = named(embedding=nn.Embedding(1024, b))
         self.quant_conv = nn.Conv2d(b, b, 1)
         self.post_quant_conv = nn.Conv2d(b, b, 1)
 
     @torch.inference_mode()
     def encode(self, images):
-        """Images (B, 64, 64, 3) in [0, 1] -> tokens (B, 16, 16). What is nan is covered by a membrane."""
+        """Images (B, 64, 64, 3) in [0, 1], nan in a hole -> tokens (B, 16, 16)."""
         codebook = self.codebook.embedding.weight.detach().cpu().numpy()  # (1024, 256)
         tokens = []
-        for start in range(0, len(images), AT_ONCE):
-            pixels = torch.from_numpy((images[start : start + AT_ONCE] - self.mean) / self.std)
-            pixels = pixels.permute(0, 3, 1, 2).to(self.quant_conv.weight)  # (b, 3, 64, 64)
+        for part in torch.from_numpy((images - self.mean) / self.std).split(AT_ONCE):
+            pixels = part.permute(0, 3, 1, 2).to(self.quant_conv.weight)  # (b, 3, 64, 64)
             covered = inpaint.membrane(pixels, pixels[:, :1].isnan())
             latents = self.quant_conv(self.encoder(covered)).permute(0, 2, 3, 1).cpu().numpy()  # (b, 16, 16, 256)
             nearest = maskgit.nearest_centroid(latents.reshape(-1, latents.shape[-1]), codebook)
@@ -131,13 +147,13 @@ class VQGAN(nn.Module):
         return np.concatenate(images)
 
     def paint(self, decoded, images, holes):
-        """Decoded pictures shifted to join images uint8 at the rim of their holes."""
+        """As a Painter that has learnt nothing: decoded pictures shifted to join images uint8 at the rim of holes."""
         pictures = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (decoded, images / np.float32(255)))
         return inpaint.joined(*pictures, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------
-# The transformer
+# The transformer; here, too, the attributes are the names in the file, but for those of the attention
 
 
 class ReportBlock(nn.Module):
@@ -156,8 +172,8 @@ class ReportBlock(nn.Module):
 
 
 class ReportTransformer(nn.Module):
-    """The reports' transformer, for decode: tokens (B, 256) -> logits (B, 256, 1024), without that of [MASK]. It knows
-    its positions, whatever the coordinates."""
+    """The reports' transformer, for decode: tokens (B, 256) -> logits (B, 256, 1024), without that of [MASK]. It has
+    learnt its positions and does not use the coordinates."""
 
     mask_id = 1024
 
@@ -179,119 +195,91 @@ class ReportTransformer(nn.Module):
 # Their files
 
 
-def load_vqgan(path, device, pixels="training"):
+def load_vqgan(path, device, moments="training"):
     """The VQGAN in a file, with the SHA-256 of its weights."""
     with torch.device("meta"):
-        network = VQGAN(pixels=pixels)
-    network.sha256 = inpaint.weights_digest(load_weights(network, path, "vqgan"))
+        network = VQGAN(moments=moments)
+    load_weights(network, path, "vqgan")
+    network.sha256 = inpaint.weights_digest(network)
     return network.to(device, memory_format=torch.channels_last)
 
 
 def load_transformer(path, device):
     with torch.device("meta"):
         network = ReportTransformer()
-    return load_weights(network, path, "transformer", one_attention).to(device)
+    load_weights(network, path, "transformer")
+    return network.to(device)
 
 
-# What else students save: arguments, and a loss as a number of numpy. None of it runs code of the file.
-SCALAR = np.float64(0).__reduce__()[0]
+# What else students save, none of which runs code of the file: arguments, and numbers of numpy.
+SCALAR = np.float64(0).__reduce__()[0]  # what makes a number again; numpy 1 had it elsewhere
 BESIDE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 BESIDE += [type(np.dtype(kind)) for kind in ("f4", "f8", "i8")]
+ANCHORS = {"vqgan": "codebook.embedding.weight", "transformer": "tok_emb.weight"}  # a name in each
 
 
-def load_weights(network, path, part, adapt=dict):
-    """The network with the weights that a stranger's file has of that part of a MaskGIT, "vqgan" or "transformer";
-    adapt(weights) gives them the network's names. ValueError if they are of anything else."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+def load_weights(network, path, part):
+    """Give the network the weights that a stranger's file has of that part of a MaskGIT, "vqgan" or "transformer".
+    InputError if they are of anything else."""
     try:
         with torch.serialization.safe_globals(BESIDE):
-            weights = adapt(weights_of(maskgit.read_tensors(path, "cpu"), part))
-        shapes = [{n: tuple(w.shape) for n, w in s.items()} for s in (network.state_dict(), weights)]
-        if wrong := [n for n in sorted(shapes[0] | shapes[1]) if shapes[0].get(n) != shapes[1].get(n)]:
-            want = shapes[0].get(wrong[0], "nothing")
-            have = shapes[1].get(wrong[0], "missing")
-            first = f"{wrong[0]!r} is {have} where {want} is expected"
-            raise ValueError(f"{len(wrong)} keys do not fit: {first}; {keys_of(weights)}")
-        if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-            raise ValueError("some of its weights are no numbers")
+            saved = maskgit.read_tensors(path)
+        found = list(weights_beside(ANCHORS[part], saved))
+        if len(found) != 1:
+            raise InputError(f"it has {ANCHORS[part]!r} {len(found)} times; its keys are {inpaint.listed(saved)}")
+        weights = one_attention(found[0]) if part == "transformer" else found[0]
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise InputError("some of its weights are no numbers")
         network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        code = "it is damaged or asks to run code; torch.save(model.state_dict(), FILE) asks for none"
-        reason = code if isinstance(error, pickle.UnpicklingError) else error
-        raise ValueError(f"{path} does not hold the reports' {part}: {reason}".splitlines()[0]) from None
-    return network.eval()
+        reason = textwrap.shorten(str(error), 300)
+        if isinstance(error, pickle.UnpicklingError):  # whose own words advise to run the code
+            reason = "it is damaged or asks to run code; torch.save(model.state_dict(), FILE) asks for none"
+        raise InputError(f"{path} does not hold the reports' {part}: {reason}") from None
+    network.eval()
 
 
-def weights_of(saved, part):
-    """The weights {name: tensor} of that part in what students save: bare, or with an epoch, an optimiser and the like
-    around them; alone or of a whole MaskGIT; as they are, or in the wrappers of torch.compile, of
-    DistributedDataParallel or of Lightning. ValueError if there are none, or several that may be meant."""
-    found = dict(state_dicts(saved))
-    found = {where: found[where] for where in found if part in where.split(".")} or found
-    if len(found) != 1:
-        raise ValueError(f"it has weights under {', '.join(map(repr, found)) or 'no key'}; {keys_of(saved)}")
-    ((_, weights),) = found.items()
-    while heads := {name.partition(".")[0] for name in weights}:
-        whole = heads <= {"vqgan", "transformer"}
-        if not whole and heads not in ({"module"}, {"_orig_mod"}, {"model"}):
-            break
-        weights = {name.partition(".")[2]: w for name, w in weights.items() if not whole or name.startswith(f"{part}.")}
-    return weights
-
-
-def state_dicts(saved, where=""):
-    """Yield the key and the tensors of every dict of weights in what was saved."""
+def weights_beside(anchor, saved):
+    """Yield the weights {name: tensor} of each network that has one named `anchor`, in what was saved: wherever that is
+    found, in a dict of any depth and behind any prefix, such as "module." or "transformer.", which all others share."""
     tensors = {name: value for name, value in saved.items() if isinstance(value, torch.Tensor)}
-    if any("." in str(name) for name in tensors):
-        yield where, tensors
-    for name, value in saved.items():
+    for prefix in [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]:
+        yield {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    for value in saved.values():
         if isinstance(value, dict):
-            yield from state_dicts(value, f"{where}.{name}".strip("."))
+            yield from weights_beside(anchor, value)
 
 
 def one_attention(weights):
-    """A transformer's weights, those of its attention by the names of maskgit.Attention, whatever each student calls
-    query, key, value, in one matrix or three, and the output."""
-    found = {name: w for name, w in weights.items() if ".Attention." not in name}
+    """A transformer's weights, those of its attention by the names of maskgit.Attention: `qkv`, one matrix, and `out`.
+    Students call these otherwise, and some have a matrix each for query, key and value."""
+    found = {name: tensor for name, tensor in weights.items() if ".Attention." not in name}
     for i in range(15):
         at = f"blocks.{i}.Attention."
-        own = {name.removeprefix(at): w for name, w in weights.items() if name.startswith(at)}
-        matrices = {name.removesuffix("weight"): w for name, w in own.items() if name.endswith("weight")}
+        own = {name.removeprefix(at): tensor for name, tensor in weights.items() if name.startswith(at)}
+        matrices = {name.removesuffix("weight"): own[name] for name in own if name.endswith("weight")}  # {"q.": ...}
         inputs = query_key_value(matrices)
-        others = matrices.keys() - set(inputs)
+        outputs = matrices.keys() - set(inputs)
         known = {f"{name}{kind}" for name in matrices for kind in ("weight", "bias")}
-        if not inputs or len(others) != 1 or own.keys() - known:
-            raise ValueError(f"its attention has {', '.join(sorted(own)) or 'no names'}; {keys_of(weights)}")
-        for ours, theirs in (("qkv", inputs), ("out", others)):
+        if not inputs or len(outputs) != 1 or own.keys() - known:
+            raise InputError(f"its attention has {', '.join(sorted(own)) or 'no names'}")
+        for ours, theirs in (("qkv", inputs), ("out", outputs)):
             found[f"{at}{ours}.weight"] = torch.cat([matrices[name] for name in theirs])
-            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # R1 has none
+            biases = [own.get(f"{name}bias", torch.zeros(len(matrices[name]))) for name in theirs]  # some have none
             found[f"{at}{ours}.bias"] = torch.cat(biases)
     return found
 
 
-MENTIONS = (r"quer(?:y|ies)|q", "keys?|k", r"val(?:ues?)?|v")
-
-
 def query_key_value(matrices):
-    """The names of the matrix (2304, 768) of all three, or of those whose names differ in nothing but the mention of
-    one of them; () where that is not clear."""
-    if together := [name for name, w in matrices.items() if len(w) == 3 * 768]:
-        orders = ["".join(order) for order in itertools.permutations("qkv") if order != ("q", "k", "v")]
-        return together if not any(order in name.lower() for name in together for order in orders) else ()
-    triples = []
-    for names in itertools.permutations(matrices, 3):
-        blanked = []
-        for name, mention in zip(names, MENTIONS, strict=True):
-            found = re.finditer(mention, name.lower())
-            blanked.append({name.lower()[: one.start()] + "#" + name.lower()[one.end() :] for one in found})
-        if set.intersection(*blanked):
-            triples.append(names)
+    """The name of the matrix (2304, 768) of all three, or the names of those that differ in nothing but the mention of
+    query, key or value; () where that is not clear."""
+    together = [name for name, matrix in matrices.items() if len(matrix) == 3 * 768]
+    if together:
+        return () if re.search("qvk|kqv|kvq|vqk|vkq", " ".join(together).lower()) else together
+    # Such as "to_q. to_k. to_v.": what stands before and after the mention is the same.
+    mentions = re.compile(r"(.*)(?:query|queries|q)(.*) \1(?:keys?|k)\2 \1(?:values?|val|v)\2")
+    triples = [names for names in itertools.permutations(matrices, 3) if mentions.fullmatch(" ".join(names).lower())]
     return triples[0] if len(triples) == 1 else ()
-
-
-def keys_of(weights):
-    return f"its {len(weights)} keys are {', '.join(map(repr, list(weights)[:6]))}" + ", ..." * (len(weights) > 6)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -302,22 +290,17 @@ def keys_of(weights):
 class OnVQGAN(inpaint.Inpainting):
     """All that decides the weights of a run on the tokens of a VQGAN."""
 
-    vqgan_sha256: str = maskgit.setting("", None)
-    painter_steps: int = maskgit.setting(0, None)  # a VQGAN's decoder paints
-
-    def __post_init__(self):
-        super().__post_init__()
-        if (self.size, self.patch, self.codes) != (64, 4, 1024):
-            raise ValueError("a VQGAN has pictures of 64x64, patches of 4x4 and 1024 codes: leave these as they are")
+    vqgan_sha256: str = maskgit.setting("", "")
+    size: int = maskgit.setting(64, "")
+    patch: int = maskgit.setting(4, "")
+    codes: int = maskgit.setting(1024, "")
+    painter_steps: int = maskgit.setting(0, "")  # a VQGAN's decoder paints
 
 
 def require_vqgan(path, config, vqgan):
-    """ValueError unless the checkpoint with that config was trained on the tokens of this VQGAN."""
-    trained = (config or {}).get("vqgan_sha256")
-    if not trained:
-        raise ValueError(f"{path} was trained without a VQGAN: it is for inpaint.py")
-    if trained != vqgan.sha256:
-        raise ValueError(f"{path} was trained with another VQGAN than --vqgan names")
+    """InputError unless the checkpoint with that config was trained on the tokens of this VQGAN."""
+    if (config or {}).get("vqgan_sha256") != vqgan.sha256:
+        raise InputError(f"{path} was not trained on the tokens of the VQGAN that --vqgan names")
 
 
 def parse_arguments():
@@ -335,9 +318,7 @@ def parse_arguments():
         parser.error("--transformer or --checkpoint fills --images by their --masks: name all three")
     inpaint.require_flags(parser, any(given))
     if filling.evidence or filling.sample == "mean":
-        parser.error(
-            "--evidence and --sample mean need a centroid in pixels for each code, which a VQGAN does not have"
-        )
+        parser.error("--evidence and --sample mean need a centroid in pixels for each code; a VQGAN has none")
     return arguments, maskgit.settings_from(arguments, OnVQGAN), filling
 
 
