@@ -226,8 +226,7 @@ def fill(model, test, order=None, **options):
     # On validation rectangles a larger budget than decode's own completed more grids to rectangles, in fewer calls.
     order = order or functools.partial(maskgit.by_entropy, budget=0.3)
     device = next(model.parameters()).device
-    coords = test.points.astype(np.float32)
-    start = [torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, coords)]
+    start = [torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, test.points.astype(np.float32))]
     generator = torch.Generator(device).manual_seed(TEST_SEED)
     return maskgit.decode(model, *start, order=order, generator=generator, **options).cpu().numpy()
 
@@ -274,9 +273,8 @@ def paint_grid_samples(model, tests, tokenizer):
         test = TestSet(*(array[[len(array) // 2, -1]] for array in whole))
         for tokens, mask, answer in zip(test.tokens, test.mask, fill(model, test), strict=True):
             dots = [(x - 0.2, y - 0.2, x + 0.2, y + 0.2, ORANGE) for x, y in GRID_POINTS[mask] + PATCH / 2]
-            cells.append(paint_boxes(paint_patches(GRID_POINTS, tokens, tokenizer), []))
-            cells.append(paint_boxes(paint_patches(GRID_POINTS[~mask], tokens[~mask], tokenizer), dots))
-            cells.append(paint_boxes(paint_patches(GRID_POINTS, answer, tokenizer), []))
+            pasted = [(GRID_POINTS, tokens, []), (GRID_POINTS[~mask], tokens[~mask], dots), (GRID_POINTS, answer, [])]
+            cells += [paint_boxes(paint_patches(points, each, tokenizer), boxes) for points, each, boxes in pasted]
     return maskgit.image_grid(np.stack(cells), 6, titles=["truth", "masked", "filled"] * 2)
 
 
@@ -374,9 +372,9 @@ def parse_arguments():
     """The command line, and the recipe in it."""
     parser = maskgit.CommandLine(__doc__)
     maskgit.add_run_flags(parser, "runs/rectangles_grid")
-    parser.add_argument("--test-images", type=maskgit.at_least(8), default=200, help="for scores; default %(default)s")
-    proposals = "for each posterior; default %(default)s"
-    parser.add_argument("--proposals", type=maskgit.at_least(10), default=3000, help=proposals)
+    add = parser.add_argument_group("scores").add_argument
+    add("--test-images", type=maskgit.at_least(8), default=200, help="default %(default)s")
+    add("--proposals", type=maskgit.at_least(10), default=3000, help="for each posterior; default %(default)s")
     maskgit.add_flags(parser, Rectangles, **GRID)
     arguments = parser.parse_with(lambda given: SPARSE if given.task == "sparse" else {})
     return arguments, maskgit.settings_from(arguments, Rectangles)

@@ -331,10 +331,9 @@ DEFAULTS = dict(steps=1500, batch_size=126, layers=8, hidden=64, mask="cosine+co
 # head and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
 REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5)
 REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, rotary=False)
-POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
-POST1 |= dict(steps=300, batch_size=126)
-POST2 = dict(dim=640, hidden=1600, mask="0.2")
-POST2 |= dict(min_side=1, max_side=4, presentations=40, steps=300 * 40, batch_size=174)
+POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine", steps=300, batch_size=126)
+POST2 = dict(dim=640, hidden=1600, mask="0.2", steps=300 * 40, batch_size=174)
+POST2 |= dict(min_side=1, max_side=4, presentations=40)
 PRESETS = {"post1": REPORTED | POST1, "post2": REPORTED | POST2}
 
 
