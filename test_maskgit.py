@@ -1628,7 +1628,7 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
         (train_squares, "--heads 5", "divisible by"),
         (train_squares, "--device cuda:99", "cannot be used"),
         (train_squares, "--out file/run", "Not a directory"),
-        (train_rectangles, "--resume", "there is no checkpoint"),
+        (train_rectangles, "--resume", "no checkpoint"),
         (train_rectangles, "--proposals 9", "is below 10"),
         (train_rectangles, "--fixed-points", "need a number of rectangles"),
         (train_rectangles, "--points 5", "are for the sparse task"),
