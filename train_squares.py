@@ -199,7 +199,7 @@ def follow_images(model, prior, shown, device, order, **options):
         return tokens
 
     def blind_order(state):
-        return order(state._replace(tokens=None, generator="none"))  # to use either is a TypeError
+        return order(state._replace(tokens=None, generator="none"))  # who uses either, fails
 
     states = fill(model, distinct[row], device, order=blind_order, sample=follow, **options)
     found, calls = torch.zeros(2, len(distinct), len(prior), dtype=torch.float64)
