@@ -6,8 +6,8 @@
 
 A mask has its image's size: white is visible, black is the hole (--invert-masks: the other way round), and the name of
 its image, with "mask" or a number added, or its number. A token with any hole pixel is hidden, and predicted from the
-others; a small network, the painter, then corrects its pixels by what is visible. This comes back as it was. Files are
-of any format that Pillow reads.
+others; a small network, the painter, then corrects its pixels by those that are visible, which come back as they were.
+Files are of any format that Pillow reads.
 
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 """
@@ -29,36 +29,15 @@ import maskgit
 import numpy as np
 import torch
 import torch.nn.functional as F
-from maskgit import setting
+from maskgit import InputError, setting
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import nn
 
-NO_PIXELS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot decode
-# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
-WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
-# Where training and validation end in the range of the images' hashes, [0, 1). Of 8,303 distinct photographs they leave
-# 517 for validation and 785 for the test, which is about as many as R1 and R2 had (747).
-PART_ENDS = (0.843, 0.903)
-MASK = re.compile("masks?")
-CODEBOOK_IMAGES = 1200  # whose patches the codebook is fitted to
-NOISES = 6  # of pixel_evidence; this and the next two by validation pictures
-LEAST_NOISE = (4 / 255) ** 2
-CORRELATED = 4
-PAINTER_SEED = 4
-PAINTER_BATCH = 16
-PAINTER_RATE = 3e-3
-PAINTER_NOISE = 0.15  # the most, of pixels in [0, 1]
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
-TRAINING_SEED = 3  # of the holes
-VALIDATION_SEED = 1
-TEST_SEED = 2
-VALIDATION_IMAGES = 200
-GREY = 128  # what R1 and R2 paint the hole with
-AT_ONCE = 64  # pictures that the model is given, whatever their number
 
 
 def brush_hole(rng, size):
-    """Strokes of a brush 3 pixels wide that wanders until HOLE_SHARE of the pixels is gone, like the reports' masks."""
+    """Strokes of a wandering brush, 3 of 64 pixels wide, until HOLE_SHARE of the pixels is gone, as in R1 and R2."""
     canvas = Image.new("1", (size, size))
     pen = ImageDraw.Draw(canvas)
     while np.asarray(canvas).mean() < HOLE_SHARE:
@@ -80,10 +59,9 @@ def box_hole(rng, size):
 
 
 def half_hole(rng, size):
-    """One of the four halves."""
-    hole = np.zeros((size, size), bool)
-    hole[:, : size // 2] = True
-    return np.rot90(hole, rng.integers(4))
+    """All that lies on one of four sides of the middle."""
+    left = np.tile(np.arange(size) < size // 2, (size, 1))
+    return np.rot90(left, rng.integers(4))
 
 
 HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
@@ -93,7 +71,7 @@ HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
 class Inpainting(maskgit.Experiment):
     """All that decides the weights of a run."""
 
-    pictures_sha256: str = setting("", "")
+    pictures_sha256: str = setting("", "")  # no flag: open_pictures finds it
     cartoons: int = setting(6000, "number of cats, without --data", low=1)
     size: int = setting(64, "pixels per side of a picture; SSIM needs 11", low=11)
     patch: int = setting(4, "pixels per side of a token", low=1)
@@ -102,11 +80,6 @@ class Inpainting(maskgit.Experiment):
     hole: str = setting("brush", "of validation and scores", choices=HOLES)
     hole_rows: float = setting(0.5, "share of a batch that hides holes; the rest hides --mask", low=0.0, below=1.0)
     painter_steps: int = setting(1000, "updates of the painter", low=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.size % self.patch:
-            raise maskgit.InputError(f"size {self.size} is not divisible by patch {self.patch}")
 
 
 @dataclass(frozen=True)
@@ -131,22 +104,18 @@ class Filling:
 
 def picture_files(path, apart=()):
     """The picture files of a folder in the order of their names, or the file itself. Hidden ones are none, nor what is
-    `apart`: some of its files or folders. How many others are left out is printed by suffix."""
+    `apart`: some files or folders. How many others are left out is printed by suffix."""
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise maskgit.InputError(f"there is no folder or file {path}")
     root = path.resolve()
     apart = {each.resolve() for each in apart if each}
-    if root in apart:
-        raise maskgit.InputError(f"{path} cannot be read from and written to: --out renames")
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN.keys() - NO_PIXELS}
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = []
     others = collections.Counter()
     for file in sorted(path.rglob("*")):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not apart.isdisjoint([root / inside, *(root / part for part in inside.parents[:-1])]):
+        if hidden or any(root / each in apart for each in (inside, *inside.parents)):
             continue
         if file.is_dir():
             others["linked folder"] += file.is_symlink()  # Python does not look into it
@@ -157,19 +126,21 @@ def picture_files(path, apart=()):
     if left_out := [f"{count} {suffix}" for suffix, count in sorted(others.items()) if count]:
         print(f"{path}: left out as no pictures: {', '.join(left_out)}")
     if not files:
-        raise maskgit.InputError(f"{path} holds no pictures")
+        raise InputError(f"there are no pictures in {path}, or --out holds them all")
     return files
 
 
 def read_image(file, prepare):
-    """prepare(image) of the image in a file, upright as its EXIF says; ValueError if one of the two fails."""
+    """What prepare(image) makes of the image in a file, upright as its EXIF says; InputError if either fails."""
     try:
         with Image.open(file) as image:
             return prepare(ImageOps.exif_transpose(image))
-    except MemoryError:
-        raise
     except Exception as error:  # Pillow raises many types
-        raise maskgit.InputError(f"{file} cannot be read: {error}") from None
+        raise InputError(f"{file} cannot be read: {error}") from None
+
+
+# What may be white in a file of more than 8 bits, by its mode: the first that is not too dark for its values.
+WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
 
 
 def eight_bits(image):
@@ -181,7 +152,7 @@ def eight_bits(image):
     scales = WHITE[image.mode]
     white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
     if not low >= -0.01 * white or not white:
-        raise maskgit.InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
+        raise InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
     return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
@@ -190,46 +161,42 @@ def read_picture(file):
     return read_image(file, lambda image: eight_bits(image).convert("RGB"))
 
 
-class Split(NamedTuple):
-    """Pictures (N, size, size, 3) uint8 each, in files."""
+Split = collections.namedtuple("Split", "training validation test")  # pictures (N, size, size, 3) uint8 each
 
-    training: np.memmap
-    validation: np.memmap
-    test: np.memmap
+# A picture's digest, read as a number in [0, 1), is below the first for training, from the second on for the test. Of
+# 8,303 distinct photographs 517 are left for validation and 785 for the test, about as many as R1 and R2 had (747).
+PART_ENDS = (0.843, 0.903)
 
 
 def open_pictures(folder, cartoons, size, seed, out=None):
-    """A Split of a folder's distinct pictures, centre-cropped and resized, or without a folder of so many cartoon cats;
-    and the SHA-256 of them all. What is in `out` is no picture. The part of a picture depends on its pixels alone, so
-    that adding others never moves it from test to training. All lie in temporary files (TMPDIR says where), so that
-    memory does not limit them."""
+    """A Split of a folder's distinct pictures but for those in `out`, cropped at the centre and resized, or without a
+    folder of cartoon cats; and the SHA-256 of them all. The part of a picture depends on its pixels alone, so that
+    others never move it from test to training. Temporary files hold them (TMPDIR says where), not the memory."""
     sources = picture_files(folder, [out]) if folder else cartoon_cats(cartoons, size, seed)
-    files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115  they are closed with the arrays
-    digests = [set(), set(), set()]
-    together = hashlib.sha256()
+    files = [tempfile.TemporaryFile() for _ in Split._fields]  # noqa: SIM115  they are closed with the arrays
+    distinct = {}  # digest: part
     duplicates = 0
     for source in sources:
         try:
             image = read_picture(source) if folder else Image.fromarray(source)
-        except ValueError as error:
+        except InputError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
         pixels = np.asarray(image)
         digest = hashlib.sha256(str(pixels.shape).encode() + pixels.tobytes()).digest()
-        part = np.searchsorted(PART_ENDS, int.from_bytes(digest[:6], "big") / 2**48, side="right")
-        if digest in digests[part]:
+        if digest in distinct:
             duplicates += 1
-        else:
-            digests[part].add(digest)
-            together.update(digest)
-            files[part].write(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS).tobytes())
-    distinct = sum(map(len, digests))
+            continue
+        number = int.from_bytes(digest[:6], "big") / 2**48  # in [0, 1)
+        distinct[digest] = np.searchsorted(PART_ENDS, number, side="right")  # 0, 1 or 2
+        small = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+        files[distinct[digest]].write(small.tobytes())
     if folder:
-        print(f"{folder}: {distinct} distinct pictures, {duplicates} duplicates left out")
-    if min(map(len, digests)) < 2:
-        raise maskgit.InputError(f"{distinct} distinct pictures are too few for training, validation and test")
+        print(f"{folder}: {len(distinct)} distinct pictures, {duplicates} duplicates left out")
+    if len(set(distinct.values())) < 3:
+        raise InputError(f"{len(distinct)} distinct pictures are too few for training, validation and test")
     split = Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
-    return split, together.hexdigest()
+    return split, hashlib.sha256(b"".join(distinct)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -245,15 +212,18 @@ def cartoon_cats(count, size, seed=0):
     return np.stack([cartoon_cat(np.random.default_rng([seed, i]), size) for i in range(count)])
 
 
-def colour(values):
-    return tuple(int(value) for value in values)
-
-
 def cartoon_cat(rng, size):
     """A cat's face by the numbers of `rng`: uint8 (size, size, 3)."""
     canvas = Image.new("RGB", (256, 256))
     pen = ImageDraw.Draw(canvas)
-    paint_room(pen, rng)
+    wall = np.array(WALLS[rng.integers(len(WALLS))])
+    pen.rectangle([0, 0, 256, 256], fill=colour(wall))
+    if rng.random() < 0.4:  # stripes
+        step = rng.integers(28, 52)
+        for left in range(-step, 256, step):
+            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
+    if rng.random() < 0.5:  # the floor
+        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
     x, y = 128 + rng.normal(0, 8, 2) + (0, 8)
     width = rng.uniform(70, 92)
     height = rng.uniform(60, 78)
@@ -262,41 +232,29 @@ def cartoon_cat(rng, size):
     light = colour(fur * 0.4 + np.array([255, 250, 240]) * 0.6)
     pattern = rng.choice(["plain", "tabby", "mask", "patch", "siamese"])
     ellipse(pen, x, y + 130, width * 1.05, 80, colour(fur * 0.9))  # the body
-    paint_ears(pen, rng, x, y, width, height, dark if pattern == "siamese" else colour(fur))
+    ear = rng.uniform(46, 66)
+    lean = rng.choice((0.55, 0.8))
+    for side in (-1, 1):  # the ears
+        tip = (x + side * width * (lean + 0.22), y - height * 0.55 - ear)
+        outer = [tip, (x + side * width * 0.96, y - height * 0.15), (x + side * width * 0.22, y - height * 0.85)]
+        inner = [tuple(0.58 * np.array(corner) + 0.42 * np.mean(outer, axis=0)) for corner in outer]
+        pen.polygon(outer, fill=dark if pattern == "siamese" else colour(fur))
+        pen.polygon(inner, fill=(230, 160, 160))
     ellipse(pen, x, y, width, height, colour(fur))
     paint_pattern(pen, pattern, x, y, width, height, dark, light, colour(second))
     for side in (-1, 1):  # the muzzle
         muzzle = dark if pattern == "siamese" else light
         ellipse(pen, x + side * width * 0.2, y + height * 0.32 + 18, width * 0.26, height * 0.22, muzzle)
-    paint_eyes(pen, rng, x, y, width, height)
-    paint_nose(pen, rng, x, y + height * 0.32, width)
+    paint_features(pen, rng, x, y, width, height)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
+
+
+def colour(values):
+    return tuple(int(value) for value in values)
 
 
 def ellipse(pen, x, y, width, height, fill):
     pen.ellipse([x - width, y - height, x + width, y + height], fill)
-
-
-def paint_room(pen, rng):
-    wall = np.array(WALLS[rng.integers(len(WALLS))])
-    pen.rectangle([0, 0, 256, 256], fill=colour(wall))
-    if rng.random() < 0.4:
-        step = rng.integers(28, 52)
-        for left in range(-step, 256, step):
-            pen.rectangle([left, 0, left + step // 2, 256], fill=colour(wall * 0.9))
-    if rng.random() < 0.5:  # the floor
-        pen.rectangle([0, rng.integers(180, 225), 256, 256], fill=colour(wall * 0.7))
-
-
-def paint_ears(pen, rng, x, y, width, height, fill):
-    ear = rng.uniform(46, 66)
-    lean = rng.choice((0.55, 0.8))
-    for side in (-1, 1):
-        tip = (x + side * width * (lean + 0.22), y - height * 0.55 - ear)
-        outer = [tip, (x + side * width * 0.96, y - height * 0.15), (x + side * width * 0.22, y - height * 0.85)]
-        inner = [tuple(0.58 * np.array(corner) + 0.42 * np.mean(outer, axis=0)) for corner in outer]
-        pen.polygon(outer, fill=fill)
-        pen.polygon(inner, fill=(230, 160, 160))
 
 
 def paint_pattern(pen, pattern, x, y, width, height, dark, light, second):
@@ -307,15 +265,16 @@ def paint_pattern(pen, pattern, x, y, width, height, dark, light, second):
             start = (x + side * width * 0.97, y + height * row)
             pen.line([start, (x + side * width * 0.62, y + height * (row + 0.06))], dark, 8)
     elif pattern == "mask":
-        cheeks = [(x - width * 0.5, y + height * 0.75), (x + width * 0.5, y + height * 0.75)]
-        pen.polygon([(x, y - height * 0.7), *cheeks], light)
+        cheek = y + height * 0.75
+        pen.polygon([(x, y - height * 0.7), (x - width * 0.5, cheek), (x + width * 0.5, cheek)], light)
     elif pattern == "patch":
         pen.pieslice([x - width, y - height, x + width, y + height], 265, 20, fill=second)
     elif pattern == "siamese":
         ellipse(pen, x, y + height * 0.2, width * 0.62, height * 0.68, dark)
 
 
-def paint_eyes(pen, rng, x, y, width, height):
+def paint_features(pen, rng, x, y, width, height):
+    """Eyes, nose, mouth and whiskers."""
     apart = width * rng.uniform(0.42, 0.48)
     level = y - height * rng.uniform(0.05, 0.1)
     radius = rng.uniform(18, 22)
@@ -330,14 +289,10 @@ def paint_eyes(pen, rng, x, y, width, height):
         ellipse(pen, centre, level, radius, radius - 2, iris)
         ellipse(pen, centre, level, radius * slit * 0.7, radius * 0.85, (15, 12, 12))
         ellipse(pen, centre - radius * 0.3, level - radius * 0.35, 5, 5, (255, 255, 255))
-
-
-def paint_nose(pen, rng, x, nose, width):
-    """With the mouth and the whiskers."""
+    nose = y + height * 0.32
     pink = (225, 130, 140) if rng.random() < 0.7 else (70, 50, 50)
     pen.polygon([(x - 12, nose - 7), (x + 12, nose - 7), (x, nose + 8)], fill=pink)
-    for side in (-1, 1):
-        left = x - 20 if side < 0 else x
+    for side, left in ((-1, x - 20), (1, x)):
         pen.arc([left, nose + 2, left + 20, nose + 22], 10, 170, (50, 35, 35), 4)
         for tilt in (-10, 0, 10):
             start = (x + side * width * 0.38, nose + 14 + tilt / 2)
@@ -345,7 +300,11 @@ def paint_nose(pen, rng, x, nose, width):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Holes and what fills them
+# Filling
+
+AT_ONCE = 64  # pictures that the model is given, whatever their number
+GREY = 128  # what R1 and R2 paint the hole with
+VALIDATION_SEED, TEST_SEED, TRAINING_SEED = 1, 2, 3  # of the holes: whatever the seed of a run, they are the same
 
 
 def make_holes(kind, count, size, seed):
@@ -358,58 +317,71 @@ def with_holes(images, kind, seed):
     return images, make_holes(kind, len(images), images.shape[1], seed)
 
 
-def hidden_tokens(tokenizer, holes):
-    """The tokens (B, T) with any pixel in holes (B, S, S)."""
+def paste(images, holes, filled):
+    """The images, with the pixels of their holes from others."""
+    return np.where(holes[..., None], filled, images)
+
+
+class Inpainter(NamedTuple):
+    """What it takes to fill holes."""
+
+    model: nn.Module
+    tokenizer: maskgit.PatchTokenizer  # or what encodes and decodes like one
+    painter: nn.Module | None  # None leaves pictures as they are decoded
+
+
+def token_mask(tokenizer, holes):
+    """Which tokens have any pixel in holes (B, S, S), and are hidden: bool (B, T)."""
     patches = maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch)
     return torch.from_numpy(patches.any(axis=-1)).flatten(1)
 
 
-def model_input(checkpoint, images, holes, informed, targets=True):
-    """What decode takes, on the model's device: tokens (B, T), mask (B, T), coords (T, 2) and evidence, or without
-    being `informed` None. A token with any hole pixel is hidden; with `targets` it is the true one, or else any. Images
-    are uint8 (B, S, S, 3), holes (B, S, S)."""
-    tokenizer = checkpoint["tokenizer"]
-    device = next(checkpoint["model"].parameters()).device
-    pixels = images / np.float32(255)
-    hidden = hidden_tokens(tokenizer, holes)
-    tokens = tokenizer.encode(paste(pixels, holes, np.float32(np.nan)))  # one may see the whole picture, but no hole
-    if targets:
-        tokens = np.where(hidden.view(tokens.shape), tokenizer.encode(pixels), tokens)
-    tokens = torch.from_numpy(tokens)  # (B, h, w)
-    tensors = tokens.flatten(1), hidden, maskgit.grid_coords(*tokens.shape[1:])
-    evidence = pixel_evidence(tokenizer, images, holes).to(device) if informed else None
-    return *(tensor.to(device) for tensor in tensors), evidence
+def model_input(inpainter, images, holes):
+    """Tokens (B, T), mask (B, T) and coords (T, 2), for decode, of images (B, S, S, 3) uint8 with holes (B, S, S)."""
+    tokenizer = inpainter.tokenizer
+    # Some tokenizers look at the whole picture for each token. None may see into a hole.
+    visible = paste(images / np.float32(255), holes, np.float32(np.nan))
+    tokens = torch.from_numpy(tokenizer.encode(visible))  # (B, h, w)
+    tensors = tokens.flatten(1), token_mask(tokenizer, holes), maskgit.grid_coords(*tokens.shape[1:])
+    return [tensor.to(next(inpainter.model.parameters()).device) for tensor in tensors]
 
 
-def fill(checkpoint, images, holes, filling, seed=0, trace=None, whole=False):
-    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled by the model of a checkpoint of open_model, in
-    the way of a Filling; trace goes to decode. `whole` shows the tokens of what is visible, too. The sample "mean" is
-    what is expected in the holes: of all fillings that of the least squared error. It takes no evidence, by which
-    strokes in photographs would lose."""
-    tokenizer = checkpoint["tokenizer"]
-    informed = filling.evidence and filling.sample != "mean"
-    tokens, mask, coords, evidence = model_input(checkpoint, images, holes, informed, targets=False)
+def fill(inpainter, images, holes, filling, seed=0, trace=None, whole=False):
+    """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled in the way of a Filling; trace goes to decode. `whole`
+    gives all of a picture as its tokens have it, not the hole alone."""
+    model, tokenizer, painter = inpainter
+    tokens, mask, coords = model_input(inpainter, images, holes)
     if filling.sample == "mean":
-        decoded = expected_pictures(checkpoint, tokens, mask, coords)
+        decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence makes strokes in photographs worse
     else:
         order = filling.order
         if order == "confidence":
             order = functools.partial(maskgit.by_confidence, choice_temperature=filling.choice_temperature)
-        options = dict(steps=filling.decode_steps, schedule=filling.schedule, order=order, sample=filling.sample)
-        options |= dict(temperature=filling.temperature, evidence=evidence, trace=trace)
         generator = torch.Generator(tokens.device).manual_seed(seed)
+        options = dict(steps=filling.decode_steps, schedule=filling.schedule, order=order, sample=filling.sample)
+        options |= dict(temperature=filling.temperature, generator=generator, trace=trace)
+        if filling.evidence:
+            options["evidence"] = pixel_evidence(tokenizer, images, holes).to(tokens.device)
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
-            tokens = maskgit.decode(checkpoint["model"], tokens, mask, coords, generator=generator, **options)
+            tokens = maskgit.decode(model, tokens, mask, coords, **options)
         decoded = decode_tokens(tokenizer, tokens)
-    return into_holes(decoded, images, holes | whole, None if whole else checkpoint["painter"])
+    return into_holes(decoded, images, holes | whole, None if whole else painter)
+
+
+def fill_in_batches(inpainter, images, holes, filling, seed=0):
+    """Likewise, AT_ONCE at a time."""
+    parts = []
+    for start in range(0, len(images), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        parts.append(fill(inpainter, images[rows], holes[rows], filling, maskgit.step_seed(seed, start)))
+    return np.concatenate(parts)
 
 
 @torch.no_grad()
-def expected_pictures(checkpoint, tokens, mask, coords):
+def expected_pictures(inpainter, tokens, mask, coords):
     """Pictures (B, S, S, 3) of tokens (B, T), where a hidden one is the mean of the centroids by the probabilities that
-    one pass gives."""
-    model = checkpoint["model"]
-    tokenizer = checkpoint["tokenizer"]
+    one pass gives: of all fillings that of the least squared error."""
+    model, tokenizer, _ = inpainter
     with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
         logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
     centroids = torch.from_numpy(tokenizer.centroids).to(tokens.device)
@@ -418,46 +390,10 @@ def expected_pictures(checkpoint, tokens, mask, coords):
     return maskgit.stitch_patches(patches.unflatten(1, (side, side)).cpu().numpy(), tokenizer.patch, tokenizer.patch)
 
 
-def fill_in_batches(checkpoint, images, holes, filling, seed=0):
-    """Likewise, AT_ONCE at a time."""
-    parts = []
-    for start in range(0, len(images), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
-        parts.append(fill(checkpoint, images[rows], holes[rows], filling, maskgit.step_seed(seed, start)))
-    return np.concatenate(parts)
-
-
-def pixel_evidence(tokenizer, images, holes):
-    """Log-likelihood (B, h * w, K) of each token's visible pixels under each code, up to a term without the code.
-    Most hidden tokens lie on the rim of a hole and show some of their pixels, which the transformer does not see. They
-    are taken as normal around the code's centroid. The variance may be that of any wholly visible token of the picture,
-    since flat patches have hardly any and edges have much: a mixture, each of its NOISES one of their quantiles. The
-    log-likelihood is divided by CORRELATED. A token that is wholly hidden has the same for every code."""
-    pixels = maskgit.image_patches(images / np.float32(255), tokenizer.patch, tokenizer.patch)
-    visible = ~maskgit.image_patches(holes[..., None], tokenizer.patch, tokenizer.patch).repeat(3, axis=-1)
-    pixels, visible = (values.reshape(len(images), -1, values.shape[-1]) for values in (pixels, visible))
-    whole = visible.all(axis=-1)  # (B, h * w)
-    errors = np.square(pixels - tokenizer.centroids[tokenizer.nearest(pixels)]).mean(axis=-1)
-    errors[~whole] = np.nan
-    errors[~whole.any(axis=1)] = 0.01  # nothing to measure it on
-    noises = np.nanquantile(errors, (np.arange(NOISES) + 0.5) / NOISES, axis=1).clip(min=LEAST_NOISE)  # (NOISES, B)
-    pixels, visible, centroids = map(torch.from_numpy, (pixels, visible.astype(np.float32), tokenizer.centroids))
-    shown = visible * pixels
-    count = visible.sum(dim=-1, keepdim=True)
-    distances = shown.square().sum(dim=-1, keepdim=True) + visible @ centroids.T.square() - 2 * shown @ centroids.T
-    densities = (-distances / v - count * v.log() for v in torch.from_numpy(noises).float()[..., None, None])
-    return functools.reduce(torch.logaddexp, (density / (2 * CORRELATED) for density in densities))  # (B, h * w, K)
-
-
 def decode_tokens(tokenizer, tokens):
     """Tokens (B, T) of square pictures -> (B, S, S, 3)."""
     side = math.isqrt(tokens.shape[1])
     return tokenizer.decode(tokens.cpu().numpy().reshape(-1, side, side))
-
-
-def true_tokens(tokenizer, images):
-    """The pictures that the tokens of images (B, S, S, 3) uint8 stand for."""
-    return tokenizer.decode(tokenizer.encode(images / np.float32(255)))
 
 
 def into_holes(decoded, images, holes, painter=None):
@@ -467,9 +403,30 @@ def into_holes(decoded, images, holes, painter=None):
     return paste(images, holes, (decoded * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def paste(images, holes, filled):
-    """The images, with the pixels of their holes from others."""
-    return np.where(holes[..., None], filled, images)
+def pixel_evidence(tokenizer, images, holes, noises=6, least_noise=(4 / 255) ** 2, correlated=4):
+    """Log-likelihood (B, T, K) of each token's visible pixels under each code, up to a term that all codes share. Most
+    hidden tokens lie on the rim of a hole and show some of their pixels, which the transformer does not see.
+
+    Pixels are taken as normal around those of the code. Flat patches have hardly any noise and edges have much, so the
+    variance may be any of `noises` quantiles of the errors of the picture's wholly visible tokens. As neighbours are
+    alike, `correlated` pixels count as one. (All three were chosen on validation pictures.)"""
+    pixels = maskgit.image_patches(images / np.float32(255), tokenizer.patch, tokenizer.patch)
+    visible = ~maskgit.image_patches(holes[..., None].repeat(3, axis=-1), tokenizer.patch, tokenizer.patch)
+    pixels, visible = (each.reshape(len(images), -1, each.shape[-1]) for each in (pixels, visible))  # (B, T, D)
+    errors = np.square(pixels - tokenizer.centroids[tokenizer.nearest(pixels)]).mean(axis=-1)  # (B, T)
+    whole = visible.all(axis=-1)
+    errors[~whole] = np.nan
+    errors[~whole.any(axis=1)] = 0.01  # nothing to measure them on
+    variances = np.nanquantile(errors, (np.arange(noises) + 0.5) / noises, axis=1).clip(min=least_noise)  # (noises, B)
+    pixels, visible, centroids = map(torch.from_numpy, (pixels, visible.astype(np.float32), tokenizer.centroids))
+    shown = visible * pixels
+    count = visible.sum(dim=-1, keepdim=True)  # (B, T, 1)
+    # The sum of (pixel - centroid)^2 over the visible ones, multiplied out: (B, T, K).
+    distances = shown.square().sum(dim=-1, keepdim=True) + visible @ centroids.T.square() - 2 * shown @ centroids.T
+    log_densities = []
+    for variance in torch.from_numpy(variances).float()[..., None, None]:  # (B, 1, 1)
+        log_densities.append((-distances / variance - count * variance.log()) / 2 / correlated)
+    return functools.reduce(torch.logaddexp, log_densities)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -478,17 +435,18 @@ def paste(images, holes, filled):
 
 def membrane(values, holes, sweeps=4):
     """Values (B, C, H, W), where those in the holes (B, 1, H, W) become a membrane stretched over the others, as in
-    Poisson image editing (Pérez et al. 2003). Each hidden value is then the mean of its four neighbours, up to what
-    `sweeps` at each size leave; where all is hidden it is 0."""
+    Poisson image editing (Pérez et al. 2003): each is about the mean of its four neighbours; if all is hidden, it is 0.
+    Sweeps that take these means do not reach far, so they start from the membrane of half the width and height."""
     values = values.masked_fill(holes, 0)
-    if holes.any() and values.shape[-2] % 2 == values.shape[-1] % 2 == 0:  # start from the membrane of half the size
-        visible = F.avg_pool2d(1 - holes.float(), 2)
-        coarse = membrane(F.avg_pool2d(values, 2) / visible.clamp(min=1 / 4), visible == 0, sweeps)
-        values = torch.where(holes, F.interpolate(coarse, scale_factor=2, mode="bilinear"), values)
+    if holes.any() and values.shape[-2] % 2 == values.shape[-1] % 2 == 0:
+        visible = F.avg_pool2d(1 - holes.float(), 2)  # the share of each 2x2
+        small = F.avg_pool2d(values, 2) / visible.clamp(min=1 / 4)  # the mean of what is visible
+        small = membrane(small, visible == 0, sweeps)
+        values = torch.where(holes, F.interpolate(small, scale_factor=2, mode="bilinear"), values)
     for _ in range(sweeps):
         near = F.pad(values, (1, 1, 1, 1), mode="replicate")
-        mean = near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]
-        values = torch.where(holes, mean / 4, values)
+        total = near[..., :-2, 1:-1] + near[..., 2:, 1:-1] + near[..., 1:-1, :-2] + near[..., 1:-1, 2:]
+        values = torch.where(holes, total / 4, values)
     return values
 
 
@@ -499,14 +457,14 @@ def joined(decoded, pixels, holes):
 
 
 class Painter(nn.Module):
-    """The second half of the tokenizer's decode, which sees what tokens do not say: what is visible and where the hole
-    is. Residual convolutions correct the joined picture, some of them from afar, on a grid of a quarter of its side.
-    The last one starts at zero."""
+    """Corrects decoded pictures by what tokens do not say: what is visible, and where the hole is. It adds residual
+    convolutions to the joined picture, some of them with a wide view, on a grid of a quarter of its side. The last one
+    starts at zero."""
 
     def __init__(self, width=48, far_width=64):
         super().__init__()
         conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-        self.first = conv(4, width)
+        self.first = conv(4, width)  # red, green, blue and the hole
         self.down = nn.Conv2d(width, far_width, kernel_size=4, stride=4)
         self.far = nn.ModuleList(conv(far_width, far_width) for _ in range(2))
         self.up = nn.Conv2d(far_width, width, kernel_size=1)
@@ -532,28 +490,28 @@ class Painter(nn.Module):
 
     @torch.no_grad()
     def paint(self, decoded, images, holes):
-        """Likewise of arrays, the images as uint8, AT_ONCE at a time."""
-        device = self.first.weight.device
+        """The same of arrays, the images as uint8, AT_ONCE at a time."""
         tensors = map(torch.from_numpy, (decoded, images / np.float32(255), holes))
-        batches = zip(*(tensor.to(device).split(AT_ONCE) for tensor in tensors), strict=True)
-        return torch.cat([self(*batch) for batch in batches]).cpu().numpy()
+        parts = (tensor.to(self.first.weight.device).split(AT_ONCE) for tensor in tensors)
+        return torch.cat([self(*batch) for batch in zip(*parts, strict=True)]).cpu().numpy()
 
 
 def train_painter(recipe, tokenizer, pictures, device):
-    """A Painter that has learnt the least squared error in holes of pictures (N, S, S, 3) uint8. The tokens there are
-    those of the picture with noise: about as wrong as the transformer's."""
+    """A Painter that has learnt the least squared error in holes of pictures (N, S, S, 3) uint8. It is shown the tokens
+    of the picture with noise in the hole: about as wrong as the transformer's."""
     torch.manual_seed(recipe.seed)
     painter = Painter().to(device)
-    optimizer = torch.optim.AdamW(painter.parameters(), lr=PAINTER_RATE, betas=(0.9, 0.95))  # 0.999 is unstable
+    optimizer = torch.optim.AdamW(painter.parameters(), lr=3e-3, betas=(0.9, 0.95))  # 0.999 is unstable
     steps = recipe.painter_steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
     for step in range(steps):
-        rng = np.random.default_rng([recipe.seed, PAINTER_SEED, step])
-        pixels = pictures[np.sort(rng.integers(len(pictures), size=PAINTER_BATCH))] / np.float32(255)
+        rng = np.random.default_rng([recipe.seed, 4, step])  # 4 parts it from the cats'
+        pixels = pictures[np.sort(rng.integers(len(pictures), size=16))] / np.float32(255)
         if recipe.mirror and rng.random() < 0.5:
             pixels = pixels[:, :, ::-1].copy()
         holes = np.stack([HOLES[kind](rng, recipe.size) for kind in rng.choice(list(HOLES), len(pixels))])
-        noise = rng.normal(0, rng.uniform(0, PAINTER_NOISE, (len(pixels), 1, 1, 1)), pixels.shape)
+        strength = rng.uniform(0, 0.15, (len(pixels), 1, 1, 1))  # of the noise in each picture
+        noise = rng.normal(0, strength, pixels.shape)
         decoded = tokenizer.decode(tokenizer.encode((pixels + noise * holes[..., None]).astype(np.float32)))
         decoded, pixels, holes = (torch.from_numpy(each).to(device) for each in (decoded, pixels, holes))
         with maskgit.precision_context(device, recipe.precision):
@@ -569,76 +527,72 @@ def train_painter(recipe, tokenizer, pictures, device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Training, scores and pictures of a run
-
-
-def encode_training(tokenizer, pictures, mirror):
-    """The tokens of pictures (N, S, S, 3), and of their mirror images: (N or 2 N, h, w)."""
-    views = (pictures, pictures[:, :, ::-1]) if mirror else (pictures,)
-    parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
-    return np.concatenate([tokenizer.encode(part / np.float32(255)).astype(np.int32) for part in parts])
+# Training
 
 
 def make_batch(recipe, tokenizer, pictures):
-    """batch(step) for train(): some rows hide what the recipe says, the others holes, half of them filled in part."""
-    grids = encode_training(tokenizer, pictures, recipe.mirror)  # (N, h, w)
+    """batch(step) for train(): some rows hide recipe.mask, the others what lies in holes."""
+    views = (pictures, pictures[:, :, ::-1]) if recipe.mirror else (pictures,)
+    parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
+    grids = np.concatenate([tokenizer.encode(part / np.float32(255)) for part in parts]).astype(np.int32)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
-    # Never all of them: a row with a hole may have nothing left to fill, one at random has.
-    with_hole = int(recipe.hole_rows * recipe.batch_size)
-    of_each = min(1000, 1 + recipe.steps * with_hole)
-    holes = np.concatenate([make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES])
-    holes = hidden_tokens(tokenizer, holes)
+    with_hole = int(recipe.hole_rows * recipe.batch_size)  # fewer than all: some of these may hide nothing
+    of_each = min(1000, 1 + recipe.steps * with_hole)  # holes of each kind: few for a short run
+    holes = [make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES]
+    holes = token_mask(tokenizer, np.concatenate(holes))  # (3 * of_each, T)
 
     def batch(step):
         generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, step))
         rows = torch.randint(len(grids), (recipe.batch_size,), generator=generator)
         tokens = torch.from_numpy(grids[rows.numpy()].astype(np.int64)).flatten(1)
-        at_random = (len(rows) - with_hole, tokens.shape[1])
-        mask = maskgit.training_mask(at_random, recipe.mask, generator, coords)
+        mask = maskgit.training_mask((len(rows) - with_hole, tokens.shape[1]), recipe.mask, generator, coords)
         hole = holes[torch.randint(len(holes), (with_hole,), generator=generator)]
-        left = 2 * torch.rand(with_hole, 1, generator=generator)  # of each token; a half of the holes is whole
-        hole &= torch.rand(hole.shape, generator=generator) < left
+        # As in decoding, some tokens of a hole may be known: of every second one all are hidden, of the others a share.
+        share = 2 * torch.rand(with_hole, 1, generator=generator)
+        hole &= torch.rand(hole.shape, generator=generator) < share
         return tokens, torch.cat([mask, hole]), coords
 
     return batch
 
 
 def train_model(recipe, tokenizer, painter, split, device, **options):
-    """The model with the lowest cross-entropy on the validation pictures' holes, and the rows of its log."""
+    """An Inpainter whose model did best in the holes of validation pictures, and the rows of its log."""
     batch = make_batch(recipe, tokenizer, split.training)
-    validation = with_holes(split.validation[:VALIDATION_IMAGES], recipe.hole, VALIDATION_SEED)
-    model = recipe.new_model(recipe.codes, device)
-    inputs = list(input_batches({"model": model, "tokenizer": tokenizer}, *validation))
-
-    def validate(model):
-        return {"validation": cross_entropy(model, inputs)}
-
-    options |= {"best_by": "validation", "validate": validate}
-    if painter is not tokenizer:  # which would be a VQGAN's whole file
-        options |= {"tokenizer": tokenizer, "extra": painter.state_dict()}
-    return model, maskgit.train(model, batch, recipe, **options)
+    inpainter = Inpainter(recipe.new_model(recipe.codes, device), tokenizer, painter)
+    validation = with_holes(split.validation[:200], recipe.hole, VALIDATION_SEED)
+    inputs = list(input_batches(inpainter, *validation))
+    options |= dict(best_by="validation", validate=lambda model: {"validation": cross_entropy(model, inputs)})
+    if painter is not tokenizer:  # a VQGAN, which is both, stays in its own file
+        options |= dict(tokenizer=tokenizer, extra=painter.state_dict())
+    return inpainter, maskgit.train(inpainter.model, batch, recipe, **options)
 
 
-def input_batches(checkpoint, images, holes, informed=False):
-    """model_input of AT_ONCE pictures at a time."""
+def input_batches(inpainter, images, holes, informed=False):
+    """AT_ONCE pictures at a time: what model_input gives, the true tokens (B, T), and the evidence if `informed`."""
+    tokenizer = inpainter.tokenizer
     for start in range(0, len(images), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
-        yield model_input(checkpoint, images[rows], holes[rows], informed)
+        part, hole = images[start : start + AT_ONCE], holes[start : start + AT_ONCE]
+        tokens, mask, coords = model_input(inpainter, part, hole)
+        true = torch.from_numpy(tokenizer.encode(part / np.float32(255))).flatten(1).to(tokens.device)
+        evidence = pixel_evidence(tokenizer, part, hole).to(tokens.device) if informed else 0
+        yield tokens, mask, coords, true, evidence
 
 
 @torch.no_grad()
 def cross_entropy(model, inputs):
     """Nats per hidden token of input_batches, all of them hidden at once."""
-    total = 0.0
-    count = 0
-    for tokens, mask, coords, evidence in inputs:
+    total, count = 0.0, 0
+    for tokens, mask, coords, true, evidence in inputs:
         with maskgit.precision_context(tokens.device, maskgit.fast_precision(tokens.device)):
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
-        logits = logits if evidence is None else logits + evidence
         hidden = int(mask.sum())
-        total += float(maskgit.masked_cross_entropy(logits, tokens, mask)) * hidden
+        total += float(maskgit.masked_cross_entropy(logits + evidence, true, mask)) * hidden
         count += hidden
     return total / count
+
+
+# ---------------------------------------------------------------------------------------------------
+# Scores and pictures of a run
 
 
 def picture_scores(images, holes, filled):
@@ -656,9 +610,8 @@ def structural_similarity(x, y):
     down, across = ((bell / bell.sum()).reshape(1, 1, *sides) for sides in ((11, 1), (1, 11)))
     x, y = (torch.from_numpy(images).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] / 255 for images in (x, y))
     # Each (B * C, 1, H, W) becomes (B * C, 1, H - 10, W - 10).
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = (
-        F.conv2d(F.conv2d(v, down), across) for v in (x, y, x * x, y * y, x * y)
-    )
+    means = [F.conv2d(F.conv2d(v, down), across) for v in (x, y, x * x, y * y, x * y)]
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = means
     variances = mean_xx - mean_x**2 + mean_yy - mean_y**2
     covariance = mean_xy - mean_x * mean_y
     c1, c2 = 0.01**2, 0.03**2
@@ -666,44 +619,42 @@ def structural_similarity(x, y):
     return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
 
 
-def score(checkpoint, test, seen, filling, seeds):
-    """All scores of a run: of test images with holes, so many draws of each, and for comparison of some that were seen
-    in training."""
+def score(inpainter, test, seen, filling, seeds):
+    """All scores of a run: of test images with holes, so many draws of each, and of some that were seen in training."""
     images, holes = test
-    model = checkpoint["model"]
-    tokenizer = checkpoint["tokenizer"]
-    true = true_tokens(tokenizer, images)
+    model, tokenizer, painter = inpainter
+    rows = []
 
-    def scored(name, filled, **more):
-        return {"name": name} | more | picture_scores(images, holes, filled)
+    def add(name, filled, **more):
+        rows.append({"name": name} | more | picture_scores(images, holes, filled))
 
-    rows = [scored("true tokens", into_holes(true, images, holes, checkpoint["painter"]))]
-    rows.append(scored("true tokens, as decoded", into_holes(true, images, holes)))
-    for name, (way, painter) in ways_to_fill(checkpoint, filling).items():
+    true = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
+    add("true tokens", into_holes(true, images, holes, painter))
+    add("true tokens, as decoded", into_holes(true, images, holes))
+    for name, (who, way) in ways_to_fill(inpainter, filling).items():
         for seed in range(seeds if way.sample == "categorical" else 1):
-            filled = fill_in_batches(checkpoint | {"painter": painter}, images, holes, way, seed)
-            rows.append(scored(name, filled, seed=seed, **asdict(way)))
+            add(name, fill_in_batches(who, images, holes, way, seed), seed=seed, **asdict(way))
         print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
-    as_set = {"seen": seen} | {kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}
-    for name, other in as_set.items():
-        as_set[name] = picture_scores(*other, fill_in_batches(checkpoint, *other, filling))
-    entropies = {"test": cross_entropy(model, input_batches(checkpoint, *test))}
-    entropies["seen"] = cross_entropy(model, input_batches(checkpoint, *seen))
-    if tokenizer.centroids is not None:
-        entropies["with evidence"] = cross_entropy(model, input_batches(checkpoint, *test, informed=True))
-    hidden = {"pixels": float(holes.mean()), "tokens": float(hidden_tokens(tokenizer, holes).float().mean())}
+    as_set = {}
+    for name, other in {"seen": seen, **{kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}}.items():
+        as_set[name] = picture_scores(*other, fill_in_batches(inpainter, *other, filling))
+    entropies = {"test": cross_entropy(model, input_batches(inpainter, *test))}
+    entropies["seen"] = cross_entropy(model, input_batches(inpainter, *seen))
+    if tokenizer.centroids is not None:  # as a VQGAN has none
+        entropies["with evidence"] = cross_entropy(model, input_batches(inpainter, *test, informed=True))
+    hidden = {"pixels": float(holes.mean()), "tokens": float(token_mask(tokenizer, holes).float().mean())}
     return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
 
 
-def ways_to_fill(checkpoint, filling):
-    """{name: (Filling, painter)}: as set, without what is done about the rim, and twice without chance."""
-    painter = checkpoint["painter"]
-    ways = {"as set": (filling, painter), "as decoded": (filling, None)}
+def ways_to_fill(inpainter, filling):
+    """{name: (Inpainter, Filling)}: as set, without what is done about the rim, and twice without chance."""
+    plain = inpainter._replace(painter=None)
+    ways = {"as set": (inpainter, filling), "as decoded": (plain, filling)}
     if filling.evidence:
-        ways["as decoded, without evidence"] = (replace(filling, evidence=False), None)
-    ways["likeliest, T=1"] = (replace(filling, sample="argmax", decode_steps=1), painter)
-    if checkpoint["tokenizer"].centroids is not None:
-        ways["expected"] = (replace(filling, sample="mean"), painter)
+        ways["as decoded, without evidence"] = (plain, replace(filling, evidence=False))
+    ways["likeliest, T=1"] = (inpainter, replace(filling, sample="argmax", decode_steps=1))
+    if inpainter.tokenizer.centroids is not None:
+        ways["expected"] = (inpainter, replace(filling, sample="mean"))
     return ways
 
 
@@ -721,49 +672,45 @@ def print_scores(figures):
     print(f"cross-entropy, nats per hidden token: {entropies}; seen: on pictures of the training")
 
 
-def paint_pictures(out, checkpoint, images, holes, filling):
-    """samples.png and decode.gif."""
+def save_pictures(out, inpainter, images, holes, filling, history):
+    """samples.png, decode.gif and loss.png."""
     grey = paste(images, holes, np.uint8(GREY))
-    filled = [fill_in_batches(checkpoint, images, holes, filling, seed) for seed in range(3)]
+    filled = [fill_in_batches(inpainter, images, holes, filling, seed) for seed in range(3)]
     columns = np.stack([grey, *filled, images], axis=1)
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
-    frames = [grey, *trace_pictures(checkpoint, images, holes, replace(filling, sample="categorical"))]
+    frames = [grey, *trace_pictures(inpainter, images, holes, replace(filling, sample="categorical"))]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
+    steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
+    curves = {"training": (steps, training), "validation": (steps, validation)}
+    labels = dict(title="Inpainting: loss in training, and on the holes of validation pictures", x_label="step")
+    maskgit.line_plot(curves, **labels, y_label="cross-entropy, nats per hidden token").save(out / "loss.png")
 
 
-def paint_loss(history):
-    steps = [row["step"] for row in history]
-    curves = {"training": (steps, [row["loss"] for row in history])}
-    curves["validation"] = (steps, [row["validation"] for row in history])
-    labels = {"title": "Inpainting: loss in training, and on the holes of validation pictures", "x_label": "step"}
-    return maskgit.line_plot(curves, **labels, y_label="cross-entropy, nats per hidden token")
+def trace_pictures(inpainter, images, holes, filling):
+    """The pictures after each step of filling, with what is still hidden in grey."""
+    tokenizer = inpainter.tokenizer
+    side = images.shape[1] // tokenizer.patch
+    trace, shown = [], []
+    fill(inpainter, images, holes, filling, trace=trace)
+    for tokens, mask in trace:
+        hidden = mask.cpu().numpy().reshape(-1, side, side)
+        hidden = hidden.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)  # (B, S, S)
+        decoded = decode_tokens(tokenizer, tokens.masked_fill(mask, 0))
+        pictures = into_holes(decoded, images, holes | hidden, inpainter.painter)
+        shown.append(paste(paste(images, holes, pictures), holes & hidden, np.uint8(GREY)))
+    return shown
 
 
 def sheet(pictures, titles=()):
     """Pictures (..., S, S, 3) uint8 as one, in columns with titles or four in a row."""
     pictures = pictures.reshape(-1, *pictures.shape[-3:])
-    scale = max(1, 128 // pictures.shape[1])
-    return maskgit.image_grid(pictures / 255, len(titles) or 4, scale=scale, titles=titles)
-
-
-def trace_pictures(checkpoint, images, holes, filling):
-    """The pictures after each step of filling, with what is still hidden in grey."""
-    tokenizer = checkpoint["tokenizer"]
-    side = images.shape[1] // tokenizer.patch
-    trace = []
-    shown = []
-    fill(checkpoint, images, holes, filling, trace=trace)
-    for tokens, hidden in trace:
-        masks = hidden.cpu().numpy().reshape(-1, side, side)
-        masks = masks.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)
-        decoded = decode_tokens(tokenizer, tokens.masked_fill(hidden, 0))
-        pictures = into_holes(decoded, images, holes | masks, checkpoint["painter"])
-        shown.append(paste(paste(images, holes, pictures), holes & masks, np.uint8(GREY)))
-    return shown
+    return maskgit.image_grid(pictures / 255, len(titles) or 4, scale=max(1, 128 // pictures.shape[1]), titles=titles)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Filling files
+
+MASK = re.compile("masks?")
 
 
 def name_keys(name, is_mask):
@@ -782,7 +729,7 @@ def name_keys(name, is_mask):
 
 
 def pair_by_name(pictures, masks):
-    """{picture: mask} of those that belong together; ValueError where their names leave that open."""
+    """{picture: mask} of those that belong together; InputError where their names leave that open."""
     pairs = {}
     taken = set()
     for rule in range(5):
@@ -793,7 +740,7 @@ def pair_by_name(pictures, masks):
         for some, theirs in groups.values():
             if some and theirs:
                 if len(some | theirs) > 2 or theirs <= taken:
-                    raise maskgit.InputError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
+                    raise InputError(f"their names leave open which belong together: {listed(sorted(some | theirs))}")
                 pairs[min(some)] = min(theirs)
                 taken |= theirs
     return pairs
@@ -814,24 +761,22 @@ def pair_files(images, masks, out):
     if together:
         holes = {file for file in pictures if MASK.search(file.stem.lower())}
         pictures -= holes
-        if not holes or not pictures:
-            raise maskgit.InputError(f"{images} is for pictures and masks, but has no names with and without 'mask'")
     else:
         holes = set(picture_files(masks, [out, images]))
     pairs = pair_by_name(pictures, holes)
     if lonely := pictures - pairs.keys():
-        raise maskgit.InputError(f"no mask has the name or the number of {listed(sorted(lonely))}")
+        raise InputError(f"no mask has the name or the number of {listed(sorted(lonely))}")
     if (lonely := holes.difference(pairs.values())) and not images.is_file():
-        raise maskgit.InputError(f"no picture has the name or the number of {listed(sorted(lonely))}")
+        raise InputError(f"no picture has the name or the number of {listed(sorted(lonely))}")
     return sorted(pairs.items())
 
 
 def white_pixels(image):
     """Which pixels of a mask are white: bool (H, W). In a file that has only 0 and 1, those of 1; in a palette, if that
-    is the lighter one. ValueError if they are transparent in part, or most of them neither black nor white, or if all
+    is the lighter one. InputError if they are transparent in part, or most of them neither black nor white, or if all
     that differ are on one side of the middle."""
     if image.has_transparency_data and np.ptp(image.convert("RGBA").getchannel("A").getextrema()):
-        raise maskgit.InputError("what its transparency means is open; save it without, the hole in black, the rest in white")
+        raise InputError("what its transparency means is open; save it without, the hole in black, the rest in white")
     grey = eight_bits(image.convert("RGB") if len(image.getbands()) > 1 else image).convert("L")
     levels = np.asarray(grey)
     values = np.asarray(image if len(image.getbands()) == 1 else grey)
@@ -844,17 +789,18 @@ def white_pixels(image):
     one_sided = low < high and (low > 127 or high <= 127)
     if one_sided or np.mean((levels < 32) | (levels > 223)) <= 0.5:
         few = listed(f"{value:g}" for value in np.unique(values))
-        raise maskgit.InputError(f"it is no mask in black and white: its values are {few}")
+        raise InputError(f"it is no mask in black and white: its values are {few}")
     return levels > 127
 
 
 def read_pair(picture, mask, invert):
     """A picture (H, W, 3) uint8 and its hole (H, W)."""
     image = np.asarray(read_picture(picture))
-    hole = read_image(mask, white_pixels) == invert
+    white = read_image(mask, white_pixels)
+    hole = white if invert else ~white
     if image.shape[:2] != hole.shape:
         sizes = [f"{file} is {array.shape[1]}x{array.shape[0]}" for file, array in ((mask, hole), (picture, image))]
-        raise maskgit.InputError(f"{', '.join(sizes)}; a mask has its image's size")
+        raise InputError(f"{', '.join(sizes)}; a mask has its image's size")
     return image, hole
 
 
@@ -866,24 +812,20 @@ def shrunk(image, hole, size):
 
 
 def open_model(path, device):
-    """The checkpoint of a run of this script."""
+    """The Inpainter that a run of this script has left, and the run's settings."""
     checkpoint = maskgit.load_checkpoint(path, device)
-    if checkpoint["tokenizer"] is None or "size" not in (checkpoint["config"] or {}):
-        raise maskgit.InputError(f"{path} is no checkpoint of inpaint.py")
     painter = Painter().to(device).eval()
     try:
         painter.load_state_dict(checkpoint["extra"])
     except (RuntimeError, TypeError):
-        raise maskgit.InputError(f"{path} holds no painter, so an earlier version wrote it; train it anew") from None
-    return checkpoint | {"painter": painter}
+        raise InputError(f"{path} is no checkpoint of inpaint.py, or an old one: it holds no painter") from None
+    return Inpainter(checkpoint["model"], checkpoint["tokenizer"], painter), checkpoint["config"]
 
 
 def weights_digest(network):
     """SHA-256 of the weights of a network."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    weights = [tensor.cpu().flatten().view(torch.uint8).numpy() for tensor in network.state_dict().values()]
+    return hashlib.sha256(b"".join(weights)).hexdigest()
 
 
 def result_files(picture, out, samples):
@@ -895,15 +837,15 @@ def result_files(picture, out, samples):
 
 
 def require_free(files, pairs, overwrite):
-    """ValueError if one of the files is another result, what is to be filled, or there already."""
+    """InputError if one of the files is another result, what is to be filled, or there already."""
     given = {file.resolve() for pair in pairs for file in pair}
     for file, count in collections.Counter(files).items():
         if count > 1:
-            raise maskgit.InputError(f"two pictures would become {file}; fill their folders one at a time")
+            raise InputError(f"two pictures would become {file}; fill their folders one at a time")
         if file.resolve() in given:
-            raise maskgit.InputError(f"{file} is read from and would be written to; --out renames")
+            raise InputError(f"{file} is read from and would be written to; --out renames")
         if file.exists() and not overwrite:
-            raise maskgit.InputError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
+            raise InputError(f"{file} exists; --resume fills what is missing, --force overwrites, --out renames")
 
 
 def examine(pairs, invert, way):
@@ -918,10 +860,10 @@ def examine(pairs, invert, way):
 
 
 def require_results(files, digest):
-    """ValueError if one of the files is there, but not a result of what has that digest."""
+    """InputError if one of the files is there, but not a result of what has that digest."""
     for file in files:
         if file.exists() and read_image(file, lambda image: image.info.get("filling")) != digest:
-            raise maskgit.InputError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
+            raise InputError(f"{file} is the result of other pictures or another way to fill; --force overwrites")
 
 
 def write_results(results, image, hole, filled, digest):
@@ -941,14 +883,14 @@ def write_results(results, image, hole, filled, digest):
                 Image.fromarray(pixels).save(whole, format="PNG", pnginfo=header)
 
 
-def fill_files(checkpoint, size, filling, arguments, seed):
+def fill_files(inpainter, size, filling, arguments, seed):
     """Fill the holes of files by a model of pictures of that size: a PNG for each; with --samples a PNG for each of
     those, and all in a row. All files are read before one is written. Results carry a digest of what they were made
     of, by which --resume knows them."""
     pairs = pair_files(arguments.images, arguments.masks, arguments.out)
     results = [result_files(picture, arguments.out, arguments.samples) for picture, _ in pairs]
     require_free(itertools.chain(*results), pairs, arguments.force or arguments.resume)
-    networks = [weights_digest(checkpoint[name]) for name in ("model", "painter")]
+    networks = [weights_digest(network) for network in (inpainter.model, inpainter.painter)]
     way = [asdict(filling), seed, arguments.samples, arguments.whole, size, networks]
     batches = [slice(start, start + AT_ONCE) for start in range(0, len(pairs), AT_ONCE)]
     digests = [examine(pairs[rows], arguments.invert_masks, [way, rows.start]) for rows in batches]
@@ -963,7 +905,7 @@ def fill_files(checkpoint, size, filling, arguments, seed):
         small = [shrunk(*read_pair(*pair, arguments.invert_masks), size) for pair in pairs[rows]]
         images, holes = map(np.stack, zip(*small, strict=True))
         seeds = [maskgit.step_seed(seed, rows.start, i) for i in range(arguments.samples)]
-        samples = [fill(checkpoint, images, holes, filling, each, whole=arguments.whole) for each in seeds]
+        samples = [fill(inpainter, images, holes, filling, each, whole=arguments.whole) for each in seeds]
         for pair, files, *filled in zip(pairs[rows], missing, *samples, strict=True):
             image, hole = read_pair(*pair, arguments.invert_masks)
             write_results(files, image, hole | arguments.whole, filled, digest)
@@ -977,13 +919,11 @@ DEFAULTS = dict(dim=128, layers=4, hidden=128, batch_size=16, steps=5000)
 # R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
 REPORT = dict(dim=768, heads=16, layers=15, hidden=1536, rotary=False, batch_size=10, lr=1e-4, optimizer="adamw")
 REPORT |= dict(betas=(0.9, 0.96), decay="constant", warmup=0, steps=100 * 12_000 // 10, loss="all", mirror=False)
-REPORT |= dict(dropout=0.1, hole_rows=0.0)
-PRESETS = {"report": REPORT}
+PRESETS = {"report": REPORT | dict(dropout=0.1, hole_rows=0.0)}
 
 
-def command_line(description, recipe, filling, out, fills):
-    """The parser of a script that fills files if one of the flags `fills` is given, and else trains, with defaults for
-    a recipe and a filling."""
+def command_line(description, recipe, filling, out):
+    """The parser of a script that trains, or fills files, with defaults for a recipe and a filling."""
     parser = maskgit.CommandLine(description)
     parser.add_argument("--preset", choices=PRESETS, help="R1 and R2's sizes, optimiser and loss")
     maskgit.add_run_flags(parser, out)
@@ -1000,78 +940,77 @@ def command_line(description, recipe, filling, out, fills):
     add("--score-seeds", type=maskgit.at_least(1), default=1, help="draws behind each row of the table")
     maskgit.add_flags(parser, type(filling), **asdict(filling))
     maskgit.add_flags(parser, recipe, **DEFAULTS)
-
-    def defaults_of(given):
-        out = {"out": Path("runs/filled")} if any(getattr(given, name) for name in fills) else {}
-        return out | PRESETS.get(given.preset, {})
-
-    arguments = parser.parse_with(defaults_of)
-    return parser, arguments
+    return parser
 
 
-FILES = {"checkpoint", "vqgan", "transformer", "images", "masks", "invert_masks", "whole", "samples"}
-EITHER = {"out", "resume", "force", "device", "seed"} | set(asdict(Filling()))
+def defaults_of(arguments):
+    """What --preset and --images change."""
+    return PRESETS.get(arguments.preset, {}) | ({"out": Path("runs/filled")} if arguments.images else {})
 
 
-def require_flags(parser, arguments, fills):
-    """Refuse flags that would be ignored."""
-    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    ignored = given - EITHER - FILES if fills else given & {"invert_masks", "whole", "samples"}
-    if ignored:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(ignored))
-        parser.error(f"{flags}: only for {'a training, not for' if fills else 'filling files, not for a training'}")
+FILLS_ONLY = {"invert_masks", "whole", "samples"}
+TRAINS_ONLY = {"preset", "data", "test_images", "score_seeds", "json", *asdict(Inpainting())} - {"seed"}
+
+
+def require_flags(parser, arguments, model):
+    """Refuse a filling without one of the three that it needs, and flags that would be ignored."""
+    needed = [model, arguments.images, arguments.masks]
+    if any(needed) and not all(needed):
+        parser.error("filling needs a model, --images and --masks: name all three")
+    useless, ours = (TRAINS_ONLY, "a training") if model else (FILLS_ONLY, "filling files")
+    for name in sorted(useless & vars(arguments).keys()):
+        if getattr(arguments, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is only for {ours}")
 
 
 def parse_arguments():
     """The command line, with the recipe and the filling in it."""
-    parser, arguments = command_line(__doc__, Inpainting, Filling(), "runs/inpaint", ["checkpoint"])
-    given = [arguments.checkpoint, arguments.images, arguments.masks]
-    if any(given) and not all(given):
-        parser.error("--checkpoint fills --images by their --masks: name all three")
-    require_flags(parser, arguments, bool(arguments.checkpoint))
+    parser = command_line(__doc__, Inpainting, Filling(), "runs/inpaint")
+    arguments = parser.parse_with(defaults_of)
+    require_flags(parser, arguments, arguments.checkpoint)
     return arguments, maskgit.settings_from(arguments, Inpainting), maskgit.settings_from(arguments, Filling)
 
 
-def train_and_score(record, arguments, recipe, filling, tokenizer=None):
-    """A whole run, with a tokenizer at hand that paints, too, with those of the run which is resumed, or new ones."""
+def tokenizer_and_painter(arguments, recipe, pictures, device):
+    """Those of the run that is resumed, or new ones."""
+    if arguments.resume:
+        (_, tokenizer, painter), _ = open_model(arguments.out / "model.pt", device)
+        return tokenizer, painter
+    arguments.out.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
+    some = pictures[:1200] / np.float32(255)
+    tokenizer = maskgit.PatchTokenizer.fit(some, recipe.codes, recipe.patch, seed=recipe.seed)
+    return tokenizer, train_painter(recipe, tokenizer, pictures, device)
+
+
+def train_and_score(record, arguments, recipe, filling, vqgan=None):
+    """A whole run. A VQGAN is tokenizer and painter in one."""
     maskgit.require_no_run(arguments.out, arguments.resume, arguments.force)
     device = maskgit.pick_device(arguments.device)
     recipe = recipe.for_device(device)
     out = arguments.out
     started = time.monotonic()
-    painter = tokenizer
-    if arguments.resume and not tokenizer:
-        before = open_model(out / "model.pt", device)
-        tokenizer, painter = before["tokenizer"], before["painter"]
     split, digest = open_pictures(arguments.data, recipe.cartoons, recipe.size, recipe.seed, out)
     recipe = replace(recipe, pictures_sha256=digest)
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
-    if not tokenizer:
-        out.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
-        images = split.training[:CODEBOOK_IMAGES] / np.float32(255)
-        tokenizer = maskgit.PatchTokenizer.fit(images, recipe.codes, recipe.patch, seed=recipe.seed)
-        painter = train_painter(recipe, tokenizer, split.training, device)
+    pair = (vqgan, vqgan) if vqgan else tokenizer_and_painter(arguments, recipe, split.training, device)
     prepared = time.monotonic()
     options = dict(out=out, resume=arguments.resume, force=arguments.force)
-    model, history = train_model(recipe, tokenizer, painter, split, device, **options)
+    inpainter, history = train_model(recipe, *pair, split, device, **options)
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()
-    checkpoint = {"model": model, "tokenizer": tokenizer, "painter": painter}
-    images, holes = with_holes(split.test[: arguments.test_images], recipe.hole, TEST_SEED)
+    test = with_holes(split.test[: arguments.test_images], recipe.hole, TEST_SEED)
     seen = with_holes(split.training[: arguments.test_images], recipe.hole, TEST_SEED)
-    figures = {"pictures": counts} | score(checkpoint, (images, holes), seen, filling, arguments.score_seeds)
-    figures["parameters"] = sum(p.numel() for p in model.parameters())
+    figures = {"pictures": counts} | score(inpainter, test, seen, filling, arguments.score_seeds)
+    figures["parameters"] = sum(p.numel() for p in inpainter.model.parameters())
     figures["validation"] = min(row["validation"] for row in history)
     seconds = {"prepared": prepared - started, "trained": history[-1]["seconds"], "scored": time.monotonic() - trained}
     figures["seconds"] = {name: round(value) for name, value in seconds.items()}
     settings = vars(arguments) | asdict(recipe) | asdict(filling)
     maskgit.write_figures(record, settings, figures, out / "metrics.json", arguments.json)
     print_scores(figures)
-    paint_pictures(out, checkpoint, images[:8], holes[:8], filling)
-    paint_loss(history).save(out / "loss.png")
-    print("seconds: " + ", ".join(f"{name} {value}" for name, value in figures["seconds"].items()))
+    save_pictures(out, inpainter, *(each[:8] for each in test), filling, history)
     print("pictures:", *sorted(out.glob("*.png")), out / "decode.gif")
 
 
@@ -1079,11 +1018,11 @@ def main():
     record = maskgit.run_record()
     arguments, recipe, filling = parse_arguments()
     if arguments.checkpoint:
-        checkpoint = open_model(arguments.checkpoint, maskgit.pick_device(arguments.device))
-        fill_files(checkpoint, checkpoint["config"]["size"], filling, arguments, recipe.seed)
+        inpainter, run = open_model(arguments.checkpoint, maskgit.pick_device(arguments.device))
+        fill_files(inpainter, run["size"], filling, arguments, recipe.seed)
     else:
         train_and_score(record, arguments, recipe, filling)
-        model = arguments.out / "model.pt"
+        model = f"{arguments.out}/model.pt"
         print(f"fill your own: python inpaint.py --checkpoint {model} --images DIR --masks DIR --out DIR")
 
 

@@ -1664,11 +1664,7 @@ def test_pictures_of_a_folder(tmp_path, capsys):
     Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "clear.png")
     Image.new("CMYK", (8, 8)).save(tmp_path / "white.jpg")
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
-    turned = Image.Exif()
-    turned[274] = 3
-    Image.fromarray(noise_picture(2)[::-1, ::-1]).save(tmp_path / "turned.webp", lossless=True, exif=turned)
     (tmp_path / "readme.txt").write_text("no picture")
-    (tmp_path / "deep" / "film.mpg").write_text("no picture")
     out = tmp_path / "deep" / "out"
     for hidden in (out, tmp_path / ".trash"):
         hidden.mkdir()
@@ -1680,10 +1676,9 @@ def test_pictures_of_a_folder(tmp_path, capsys):
     for colour in [(200, 100, 50), (40,) * 3, (70,) * 3, (9, 8, 7), (255,) * 3]:
         assert (found == colour).all(axis=(1, 2, 3)).sum() == 1
     shown = capsys.readouterr()
-    assert "85 distinct pictures, 3 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
-    assert "left out as no pictures: 1 .mpg, 1 .txt" in shown.out
-    assert "cannot be read from and written to" in refusal(inpaint.open_pictures, tmp_path, None, 8, None, tmp_path)
-    assert inpaint.open_pictures(tmp_path, None, 8, None, out)[1] == digest
+    assert "85 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+    assert "left out as no pictures: 1 .txt" in shown.out
+    assert "--out holds them all" in refusal(inpaint.open_pictures, tmp_path, None, 8, None, tmp_path)
     Image.fromarray(noise_picture(102)).save(tmp_path / "0.png")
     assert inpaint.open_pictures(tmp_path, None, 8, None, out)[1] != digest
 
@@ -1695,8 +1690,7 @@ def test_more_pictures_never_move_one_to_another_part(monkeypatch):
         split, _ = inpaint.open_pictures(None, count, 16, 0)
         return {image.tobytes(): i for i, part in enumerate(split) for image in part}
 
-    few = parts(400)
-    many = parts(600)
+    few, many = parts(400), parts(600)
     assert len(few) == 400 and len(many) == 600 and all(many[image] == part for image, part in few.items())
     shares = np.bincount(list(many.values())) / 600
     assert shares == pytest.approx([0.843, 0.060, 0.097], abs=0.04)
@@ -1769,48 +1763,19 @@ def test_a_membrane_solves_laplaces_equation():
     np.testing.assert_allclose(inpaint.membrane(values, wide), 0.5, atol=0.01)
 
 
-def test_a_painter_by_loops(monkeypatch):
-    """What is decoded, joined to what is visible; then convolutions by their definition, on two scales."""
+def test_a_painter_starts_as_what_joins_the_visible(monkeypatch):
+    """Whatever the size, and picture by picture."""
     rng = np.random.default_rng(0)
     decoded = rng.random((2, 9, 8, 3), dtype=np.float32)
     images = rng.integers(256, size=(2, 9, 8, 3), dtype=np.uint8)
     holes = rng.random((2, 9, 8)) < 0.4
     monkeypatch.setattr(inpaint, "AT_ONCE", 1)
-    torch.manual_seed(0)
-    painter = inpaint.Painter()
-    pixels = images / np.float32(255)
-    errors = torch.from_numpy(pixels - decoded).permute(0, 3, 1, 2)
+    errors = torch.from_numpy(images / np.float32(255) - decoded).permute(0, 3, 1, 2)
     joined = decoded + inpaint.membrane(errors, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(joined[~holes], pixels[~holes], atol=1e-6)
-    np.testing.assert_allclose(painter.paint(decoded, images, holes), joined, atol=1e-6)  # it has learnt nothing yet
-    for parameter in painter.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    found = painter.paint(decoded, images, holes)
-    gelu = np.vectorize(lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2)
-
-    def convolved(x, layer, stride=1):
-        side = layer.weight.shape[-1]
-        x = np.pad(x, ((1, 1), (1, 1), (0, 0))) if side == 3 else x
-        windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(0, 1))[::stride, ::stride]
-        return np.einsum("rciyx,oiyx->rco", windows, layer.weight.detach()) + layer.bias.detach().numpy()
-
-    def between(count, fine):  # of `count` points those at each of as many finer ones, by linear interpolation
-        at = ((np.arange(fine) + 0.5) * count / fine - 0.5).clip(0, count - 1)
-        return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(count)))
-
-    for b in range(2):
-        x = convolved(np.concatenate([joined[b], holes[b][..., None]], axis=-1), painter.first)
-        far = convolved(gelu(x), painter.down, stride=4)
-        assert far.shape == (2, 2, 64)
-        for layer in painter.far:
-            far = far + convolved(gelu(far), layer)
-        x = x + np.einsum("yr,xc,rci->yxi", between(2, 9), between(2, 8), convolved(gelu(far), painter.up))
-        for layer in painter.near:
-            x = x + convolved(gelu(x), layer)
-        np.testing.assert_allclose(found[b], joined[b] + convolved(gelu(x), painter.last), atol=1e-3)
+    np.testing.assert_allclose(joined[~holes] * 255, images[~holes], atol=1e-3)
+    np.testing.assert_allclose(inpaint.Painter().paint(decoded, images, holes), joined, atol=1e-6)
 
 
-@beside_the_others
 def test_a_painter_learns_what_tokens_do_not_say():
     """Pictures brighter than their tokens, by as much as only the visible pixels tell."""
     rng = np.random.default_rng(0)
@@ -1876,12 +1841,10 @@ def test_structural_similarity_by_loops():
 
 def test_cross_entropy_picture_by_picture(inpaint_run):
     """In more than one batch, weighted by hidden tokens, those with any hole pixel; with and without evidence."""
-    checkpoint = saved(inpaint_run)
-    model = checkpoint["model"]
-    tokenizer = checkpoint["tokenizer"]
+    inpainter, _ = inpaint.open_model(inpaint_run / "model.pt", "cpu")
+    model, tokenizer, _ = inpainter
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(70, 16), "brush", seed=3)
-    plain = []
-    informed = []
+    plain, informed = [], []
     for image, hole in zip(images, holes, strict=True):
         tokens = torch.from_numpy(tokenizer.encode(image[None] / np.float32(255))).flatten()
         mask = torch.tensor([bool(hole[y : y + 4, x : x + 4].any()) for y in range(0, 16, 4) for x in range(0, 16, 4)])
@@ -1891,29 +1854,44 @@ def test_cross_entropy_picture_by_picture(inpaint_run):
             found += (-values[0].log_softmax(-1)[range(16), tokens])[mask].tolist()
     # bf16 where the processor has it
     for expected, use in ((plain, False), (informed, True)):
-        inputs = inpaint.input_batches(checkpoint, images, holes, use)
+        inputs = inpaint.input_batches(inpainter, images, holes, use)
         assert inpaint.cross_entropy(model, inputs) == pytest.approx(np.mean(expected), rel=0.02)
     assert np.mean(informed) < np.mean(plain)
 
 
-def test_expected_pictures_token_by_token(inpaint_run, tmp_path):
-    """Each pixel's mean over the codes; by the script, too, whatever the seed."""
-    checkpoint = saved(inpaint_run)
+def test_expected_pictures_token_by_token(inpaint_run):
+    """Each pixel's mean over the codes."""
+    inpainter, _ = inpaint.open_model(inpaint_run / "model.pt", "cpu")
     images, holes = inpaint.with_holes(inpaint.cartoon_cats(3, 16), "box", seed=3)
-    tokens, mask, coords, _ = inpaint.model_input(checkpoint, images, holes, informed=False)
-    logits = checkpoint["model"](tokens.masked_fill(mask, 16), coords).detach().double()
-    found = inpaint.fill(checkpoint | {"painter": None}, images, holes, inpaint.Filling(sample="mean"))
+    tokens, mask, coords = inpaint.model_input(inpainter, images, holes)
+    logits = inpainter.model(tokens.masked_fill(mask, 16), coords).detach().double()
+    found = inpaint.fill(inpainter._replace(painter=None), images, holes, inpaint.Filling(sample="mean"))
     for i, t in mask.nonzero().tolist():
         probabilities = logits[i, t].softmax(dim=-1).tolist()
-        expected = sum(p * c for p, c in zip(probabilities, checkpoint["tokenizer"].centroids, strict=True))
+        expected = sum(p * c for p, c in zip(probabilities, inpainter.tokenizer.centroids, strict=True))
         cell = np.s_[i, t // 4 * 4 : t // 4 * 4 + 4, t % 4 * 4 : t % 4 * 4 + 4]
         error = (found[cell] - 255 * expected.reshape(4, 4, 3))[holes[cell]]
         assert np.abs(error).max() < 2.5  # rounded, and in bf16 where the processor has it
     assert (found[~holes] == images[~holes]).all()
-    write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.5))
-    results = [filled_pairs(inpaint_run, tmp_path, "--sample", "mean", "--force", "--seed", seed) for seed in (0, 1)]
-    assert all((results[0][name] == results[1][name]).all() for name in results[0])
 
+
+def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
+    """By a linear schedule 16 tokens in 5 steps; the pictures show those that are left in grey."""
+    inpainter, _ = inpaint.open_model(inpaint_run / "model.pt", "cpu")
+    inpainter = inpainter._replace(painter=None)
+    cats = inpaint.cartoon_cats(1, 16).repeat(2, axis=0)
+    holes = np.ones((2, 16, 16), bool)
+    way = inpaint.Filling(decode_steps=5, schedule="linear", temperature=1.0, evidence=False)
+    shown = inpaint.trace_pictures(inpainter, cats[:1], holes[:1], way)
+    grey = [maskgit.image_patches(pictures == 128, 4, 4).all(axis=-1).sum() for pictures in shown]
+    assert grey == [12, 9, 6, 3, 0]
+    monkeypatch.setattr(inpaint, "AT_ONCE", 1)
+    first, second = inpaint.fill_in_batches(inpainter, cats, holes, way)
+    assert (first != second).any()
+
+
+# ---------------------------------------------------------------------------------------------------
+# inpaint.py as a user runs it
 
 TINY_CATS = ["--cartoons", "150", "--size", "16", "--codes", "16", "--dim", "16", "--heads", "2", "--layers", "1"]
 TINY_CATS += ["--batch-size", "8", "--steps", "4", "--test-images", "8", "--device", "cpu", "--precision", "float32"]
@@ -1945,7 +1923,7 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
 
 def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
     """Broken off, it resumes to the very same weights, also from moved pictures, but not from others; finished, it is
-    scored again, with other options. Results in the folder are no pictures of it."""
+    scored again, with other options."""
     save = maskgit.save_checkpoint
 
     def stop_at_step_2(*arguments, step, **options):
@@ -1953,57 +1931,48 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
         if step == 2:
             raise InterruptedError
 
-    cats, once, twice = (tmp_path / name for name in ("cats", "once", "twice"))
+    cats, moved, once, twice = (tmp_path / name for name in ("cats", "moved", "once", "twice"))
     cats.mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
         Image.fromarray(cat).save(cats / f"{i}.png")
-    options = [*TINY_CATS, "--data", cats, "--out"]
+    options = [*TINY_CATS, "--data"]
     with monkeypatch.context() as patch:
         patch.setattr(inpaint, "score", Mock(side_effect=OSError))
-        assert call(inpaint, *options, once) == 2
-    assert "150 distinct pictures, 0 duplicates" in capsys.readouterr().out
-    with monkeypatch.context() as patch:
+        assert call(inpaint, *options, cats, "--out", once) == 2
         patch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)
         patch.setattr(maskgit, "save_checkpoint", stop_at_step_2)
-        assert call(inpaint, *options, twice) == 2
+        assert call(inpaint, *options, cats, "--out", twice) == 2
     assert saved(twice)["step"] == 2
-    cats.rename(tmp_path / "moved")
-    options[-2] = tmp_path / "moved"
-    changed = tmp_path / "moved" / "3.png"
+    cats.rename(moved)
+    changed = moved / "3.png"
     before = changed.read_bytes()
     Image.fromarray(noise_picture(0, 20, 20)).save(changed)
     capsys.readouterr()
-    assert call(inpaint, *options, twice, "--resume") == 2
-    assert "was trained with pictures_sha256=" in capsys.readouterr().err
+    resumed = [*options, moved, "--out", twice, "--resume"]
+    assert call(inpaint, *resumed) == 2 and "was trained with pictures_sha256=" in capsys.readouterr().err
     changed.write_bytes(before)
     for change in ([], ["--score-seeds", 2, "--order", "random"]):
-        assert call(inpaint, *options, twice, "--resume", *change) == 0
+        assert call(inpaint, *resumed, *change) == 0 and "likeliest, T=1" in capsys.readouterr().out
         assert torch.equal(saved_weights(once), saved_weights(twice))
         assert (saved(once)["tokenizer"].centroids == saved(twice)["tokenizer"].centroids).all()
         painters = [saved(run)["extra"] for run in (once, twice)]
         assert all(torch.equal(painters[0][name], painters[1][name]) for name in painters[0])
-        assert "likeliest, T=1" in capsys.readouterr().out
-    assert call(inpaint, *options, twice, "--resume", "--dim", 32) == 2
-    assert "trained with dim=16, not 32" in capsys.readouterr().err
 
 
-@beside_the_others
 def test_training_batches(monkeypatch):
     """Of both views, for more codes than a byte holds and more pictures than are encoded at once; of the step alone."""
     monkeypatch.setattr(inpaint, "make_holes", functools.cache(inpaint.make_holes))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (280, 12, 12, 3), dtype=np.uint8)
     tokenizer = PatchTokenizer(rng.random((300, 27), dtype=np.float32), 3)
-    plain, flipped = (tokenizer.encode(view / np.float32(255)) for view in (images, images[:, :, ::-1]))
-    both = np.concatenate([plain, flipped])
-    assert plain.max() > 255 and (inpaint.encode_training(tokenizer, images, mirror=False) == plain).all()
-    assert (inpaint.encode_training(tokenizer, images, mirror=True) == both).all()
+    views = [tokenizer.encode(view / np.float32(255)) for view in (images, images[:, :, ::-1])]
+    plain, flipped = ({tuple(grid.ravel().tolist()) for grid in view} for view in views)
     recipe = inpaint.Inpainting(batch_size=1500, size=12, patch=3, codes=300)
     batch = inpaint.make_batch(recipe, tokenizer, images)
     tokens, mask, coords = batch(3)
     assert mask.shape == (1500, 16) and torch.equal(coords, grid_coords(4, 4))
     found = {tuple(row) for row in tokens.tolist()}
-    assert found <= {tuple(grid.ravel().tolist()) for grid in both} and len(found) > 500
+    assert found <= plain | flipped and len(found) > 500 and max(map(max, found)) > 255
     assert all(map(torch.equal, batch(3), (tokens, mask, coords))) and not torch.equal(batch(4)[1], mask)
     # One half at random, by the cosine; the other within holes, of which half are whole.
     assert float(mask[:750].float().mean()) == pytest.approx(2 / math.pi, abs=0.05)
@@ -2014,8 +1983,10 @@ def test_training_batches(monkeypatch):
     whole = {tuple(row) for row in whole.tolist()}
     hidden = [tuple(row) for row in mask[750:].tolist()]
     assert 0.5 < np.mean([row in whole for row in hidden]) < 0.75 and {sum(row) for row in hidden} >= {*range(1, 9)}
-    batch = inpaint.make_batch(replace(recipe, batch_size=1, hole_rows=0.9), tokenizer, images)
-    assert all(batch(step)[1].any() for step in range(50)), "something is hidden in the smallest batch"
+    batch = inpaint.make_batch(replace(recipe, batch_size=1, hole_rows=0.9, mirror=False), tokenizer, images)
+    few = [batch(step) for step in range(50)]
+    assert all(mask.any() for _, mask, _ in few), "something is hidden in the smallest batch"
+    assert {tuple(tokens[0].tolist()) for tokens, *_ in few} <= plain
     monkeypatch.setattr(maskgit, "train", lambda *_, best_by, **options: best_by)
     parts = recipe, tokenizer, inpaint.Painter(), inpaint.Split(*3 * [images])
     assert inpaint.train_model(*parts, "cpu")[1] == "validation"
@@ -2027,6 +1998,10 @@ def test_the_reports_preset_carries_their_numbers(monkeypatch):
     numbers |= dict(optimizer="adamw", lr=1e-4, betas=(0.9, 0.96), decay="constant", warmup=0, loss="all", dropout=0.1)
     expected = inpaint.Inpainting(**numbers, hole_rows=0.0, mirror=False, rotary=False)
     assert inpaint.parse_arguments()[1:] == (expected, inpaint.Filling())
+
+
+# ---------------------------------------------------------------------------------------------------
+# inpaint.py: filling files
 
 
 def write_pairs(folder, *pictures):
@@ -2089,20 +2064,13 @@ def test_one_mask_for_all_and_samples_of_whole_pictures(inpaint_run, tmp_path):
 @pytest.mark.parametrize(
     ("pictures", "masks"),
     [
-        ("cat cat2", "cat_mask cat2_mask"),
-        ("cat cat2", "mask-cat mask-cat2"),
-        ("cat cat1 dog", "cat_mask cat_mask1 dog_mask01"),
-        ("a.1 a.2", "a.1.Masks a.2.masks"),
-        ("cat_1 dog_1", "cat_mask_1 dog_mask_1"),
-        ("image1 image2", "image1_mask001 image2_mask001"),
-        ("image_1 image_10", "mask_01 mask_010"),
-        ("IMG_0101_7 IMG_0102_7", "mask_0101_007 mask_0102_007"),
         ("damask mask_1", "damask mask_1"),
+        ("cat cat1 dog", "Mask-cat cat_mask1 dog_mask01"),
+        ("IMG_0101_7 IMG_0102_7", "mask_0101_007 mask_0102_007"),
+        ("image_1 image_10", "mask_01 mask_010"),
         ("cat dog", "dog bee: no mask .*cat.png"),
-        ("ant bee cow", "bee cow dog: no mask .*ant.png"),
         ("cat", "cat dog: no picture .*dog.png"),
         ("cat", "cat_mask1 cat_mask2: leave open .*cat.png, .*cat_mask1.png, .*cat_mask2.png"),
-        ("a_1 b_1", "mask_1 mask_2: leave open .*a_1.png, .*b_1.png, .*mask_1.png"),
         ("a_mask_b mask_a_b", "mask_a_mask_b: leave open"),
     ],
 )
@@ -2122,64 +2090,42 @@ def test_masks_go_by_name(pictures, masks, tmp_path):
 
 
 def test_one_folder_may_hold_both_and_one_the_other(tmp_path):
-    names = ["cat.jpg", "cat_mask.png", "masks/cat.png", "dog.webp", "masks/dog.gif", "dog_mask.tif"]
-    for name in names:
+    for name in ["cat.jpg", "masks/cat.png", "dog.webp", "masks/dog.gif", "out/cat.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     pair = functools.partial(inpaint.pair_files, out=tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "cat.png").touch()
-    assert "belong together" in refusal(pair, tmp_path, tmp_path)
-    for name in ("cat_mask.png", "dog_mask.tif"):
-        (tmp_path / name).unlink()
     for pairs in (pair(tmp_path, tmp_path / "masks"), [*pair(tmp_path / "cat.jpg", tmp_path / "masks"), None]):
         assert len(pairs) == 2 and pairs[0] == (tmp_path / "cat.jpg", tmp_path / "masks" / "cat.png")
     assert [mask.name for _, mask in pair(tmp_path, tmp_path / "masks" / "cat.png")] == ["cat.png"] * 3
     shutil.rmtree(tmp_path / "masks")
-    assert "with and without 'mask'" in refusal(pair, tmp_path, tmp_path)
     (tmp_path / "MASK_cat.bmp").touch()
+    assert re.search("no mask has .*dog.webp", refusal(pair, tmp_path, tmp_path))
     (tmp_path / "dog.webp").unlink()
     assert pair(tmp_path, tmp_path) == [(tmp_path / "cat.jpg", tmp_path / "MASK_cat.bmp")]
 
 
 VISIBLE = np.random.default_rng(0).random((9, 7)) < 0.7
-PALETTE = {"black and dark red": (0, 0, 0, 128, 0, 0), "white and black": (255, 255, 255, 0, 0, 0)}
 
 
 def palette_image(indices, colours):
-    image = Image.fromarray(indices.astype(np.uint8)).convert("P")
-    image.putdata(indices.astype(np.uint8).ravel().tolist())
+    image = Image.fromarray(indices.astype(np.uint8))
     image.putpalette(colours)
     return image
 
 
-def with_alpha(grey, alpha):
-    return Image.merge("LA", [Image.fromarray(x.astype(np.uint8)) for x in (grey, alpha)])
-
-
 MASKS = {
     "png": Image.fromarray(VISIBLE.astype(np.uint8) * 255),
-    "pbm": Image.fromarray(VISIBLE),
-    "0 and 1 png": Image.fromarray(VISIBLE.astype(np.uint8)),
     "0 and 1 in colour png": Image.fromarray(VISIBLE.astype(np.uint8)[..., None].repeat(3, axis=2)),
     "0 and 1 in 16 bits png": Image.fromarray(VISIBLE.astype(np.uint16)),
     "soft png": Image.fromarray(np.where(VISIBLE, 230, 20).astype(np.uint8)),
-    "16 bits png": Image.fromarray(VISIBLE.astype(np.uint16) * 65535),
-    "floats tif": Image.fromarray(VISIBLE.astype(np.float32)),
-    "floats to 255 tif": Image.fromarray(VISIBLE.astype(np.float32) * 255),
     "32 bits tif": Image.fromarray(VISIBLE.astype(np.int32) * 65535),
-    "index png": palette_image(VISIBLE, PALETTE["black and dark red"]),
-    "colours png": palette_image(~VISIBLE, PALETTE["white and black"]),
-    "gif": Image.fromarray(VISIBLE.astype(np.uint8) * 255),
-    "opaque png": with_alpha(VISIBLE * 255, np.full_like(VISIBLE, 255, np.uint8)),
-    "erased png: transparency": with_alpha(VISIBLE * 255, VISIBLE * 255),
-    "strokes png: transparency": with_alpha(VISIBLE * 0, ~VISIBLE * 255),
-    "grey png: its values are 128$": Image.fromarray(np.full((9, 7), 128, np.uint8)),
+    "dark palette png": palette_image(VISIBLE, (0, 0, 0, 128, 0, 0)),
+    "white first png": palette_image(~VISIBLE, (255, 255, 255, 0, 0, 0)),
+    "opaque png": Image.fromarray(np.stack([VISIBLE * 255, VISIBLE * 0 + 255], axis=2).astype(np.uint8)),
+    "erased png: transparency": Image.fromarray(np.stack([VISIBLE * 255] * 2, axis=2).astype(np.uint8)),
     "photograph png: its values are .* more": Image.fromarray(np.arange(63, dtype=np.uint8).reshape(9, 7) * 3 + 30),
     "labels png: its values are 0, 2$": Image.fromarray(VISIBLE.astype(np.uint8) * 2),
-    "bytes in 16 bits png: its values are 0, 255$": Image.fromarray(VISIBLE.astype(np.uint16) * 255),
     "high floats tif: its values, 0 to 1.5, are no": Image.fromarray(VISIBLE.astype(np.float32) * 1.5),
-    "no numbers tif: are no brightness": Image.fromarray(np.where(VISIBLE, 1, np.nan).astype(np.float32)),
 }
 
 
@@ -2203,7 +2149,6 @@ DEEP = {
     "tif": (RAMP * 65535).astype(">u2"),
     "tiff": RAMP.astype(np.float32),
     "pfm": (RAMP * 255).astype(np.float32),
-    "jp2": (RAMP * 65535).astype(np.uint16),
 }
 
 
@@ -2211,32 +2156,21 @@ DEEP = {
 def test_grey_levels_keep_their_brightness(suffix, tmp_path):
     """In inpaint.py and fid.py alike."""
     file = tmp_path / f"grey.{suffix}"
-    options = {"irreversible": False} if suffix == "jp2" else {}
-    Image.fromarray(DEEP[suffix]).save(file, **options)
+    Image.fromarray(DEEP[suffix]).save(file)
     expected = (RAMP * 255)[..., None].repeat(3, axis=2)
     assert np.abs(np.asarray(inpaint.read_picture(file)) - expected).max() <= 1
     assert np.abs(fid.read_image(file).astype(float) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(orientation, inpaint_run, tmp_path):
-    """As their EXIF says, in a training and when they are filled; the mask is as upright as the result."""
+def test_pictures_are_upright(tmp_path):
+    """As their EXIF says; the mask is as upright as the result."""
     upright = noise_picture(0, 20, 16)
-    hole = np.zeros((16, 20), bool)
-    hole[:8, :10] = True
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
-    stored = Image.fromarray(upright)
-    stored = stored.transpose(undo[orientation]) if orientation > 1 else stored
     exif = Image.Exif()
-    exif[274] = orientation
-    (tmp_path / "i").mkdir()
-    stored.save(tmp_path / "i" / "a.webp", lossless=True, exif=exif)
-    Image.fromarray(~hole).save(tmp_path / "a.png")
-    assert (np.asarray(inpaint.read_picture(tmp_path / "i" / "a.webp")) == upright).all()
-    paths = ["--images", tmp_path / "i", "--masks", tmp_path / "a.png", "--out", tmp_path / "out"]
-    assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", "--device", "cpu", *paths) == 0
-    result = Image.open(tmp_path / "out" / "a.png")
-    assert not result.getexif() and (np.asarray(result)[~hole] == upright[~hole]).all()
+    exif[274] = 6  # to be turned to the right
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.webp", lossless=True, exif=exif)
+    Image.fromarray(upright[..., 0] > 127).save(tmp_path / "mask.png")
+    image, hole = inpaint.read_pair(tmp_path / "a.webp", tmp_path / "mask.png", invert=True)
+    assert (image == upright).all() and (hole == (upright[..., 0] > 127)).all()
 
 
 def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypatch, capsys):
@@ -2244,17 +2178,21 @@ def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypat
     write_pairs(tmp_path, *3 * [(16, 16, 0.5)])
     out = tmp_path / "out"
     filled = functools.partial(call, inpaint, "--checkpoint", inpaint_run / "model.pt", "--samples", 2)
-    once = [*paths_of(tmp_path, tmp_path / "once")]
-    twice = [*paths_of(tmp_path, out)]
+    twice = paths_of(tmp_path, out)
     monkeypatch.setattr(inpaint, "AT_ONCE", 2)
-    assert filled(*once) == 0
-    rename = os.replace
+    assert filled(*paths_of(tmp_path, tmp_path / "once")) == 0
+    write = inpaint.write_results
+
+    def stop_at_the_third(results, *arguments):
+        if "image_002" in str([*results]):
+            raise InterruptedError
+        write(results, *arguments)
+
     with monkeypatch.context() as patch:
-        saves = itertools.count()
-        patch.setattr(os, "replace", lambda *paths: rename(*paths) if next(saves) < 7 else os.fsync(-1))
+        patch.setattr(inpaint, "write_results", stop_at_the_third)
         assert filled(*twice) == 2
     files = {file.relative_to(out): file.stat().st_mtime_ns for file in out.rglob("*.png")}
-    assert len(files) == 7 and not list(out.rglob("*.partial"))
+    assert len(files) == 6
     (out / "image_000_1.png").unlink()
     capsys.readouterr()
     assert filled(*twice) == 2 and "exists; --resume fills what is missing" in capsys.readouterr().err
@@ -2263,9 +2201,7 @@ def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypat
         assert file.read_bytes() == (out / file.relative_to(tmp_path / "once")).read_bytes()
     now = {file: (out / file).stat().st_mtime_ns for file in files}
     assert [str(file) for file in files if now[file] != files[file]] == ["image_000_1.png"]
-    for change in (["--seed", 1], ["--temperature", 2], ["--invert-masks"]):
-        assert filled(*twice, "--resume", *change) == 2
-        assert "is the result of other pictures or another way" in capsys.readouterr().err
+    assert filled(*twice, "--resume", "--seed", 1) == 2 and "another way to fill" in capsys.readouterr().err
     Image.fromarray(noise_picture(9, 16, 16)).save(tmp_path / "masked_image" / "image_002.png")
     assert filled(*twice, "--resume") == 2 and "image_002" in capsys.readouterr().err
     shutil.rmtree(out)
@@ -2275,96 +2211,30 @@ def test_filling_goes_on_and_overwrites_nothing(inpaint_run, tmp_path, monkeypat
         assert filled(*twice, *option) == 2 and [file.name for file in out.iterdir()] == ["image_001_2.png"]
 
 
-def test_memory_does_not_grow_with_the_pictures(inpaint_run, tmp_path, monkeypatch, capsys):
-    """Of 64 that are filled together one is in memory at full size; and where that is too much, one line says so."""
-    at_once = []
-    alive = []
-
-    class Full(np.ndarray):
-        pass
-
-    def read_pair(*arguments):
-        image, hole = read(*arguments)
-        image = image.view(Full)
-        alive.append(weakref.ref(image))
-        at_once.append(sum(each() is not None for each in alive))
-        return image, hole
-
-    read = inpaint.read_pair
-    write_pairs(tmp_path, *12 * [(48, 32, 0.5)])
-    monkeypatch.setattr(inpaint, "read_pair", read_pair)
-    assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "out")) == 0
-    assert len(at_once) == 36 and max(at_once) <= 2
-    for error in (MemoryError("Unable to allocate 3 GiB"), RuntimeError("can't allocate memory")):
-        monkeypatch.setattr(inpaint, "read_pair", Mock(side_effect=error))
-        capsys.readouterr()
-        assert call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, tmp_path / "new")) == 2
-        assert re.fullmatch("error: not enough memory: .*allocate.*\n", capsys.readouterr().err)
-
-
-def test_a_trace_in_pictures_and_a_seed_for_each_batch(inpaint_run, monkeypatch):
-    """By a linear schedule 16 tokens in 5 steps; the pictures show those that are left in grey."""
-    checkpoint = saved(inpaint_run) | {"painter": None}
-    cats = inpaint.cartoon_cats(1, 16).repeat(2, axis=0)
-    holes = np.ones((2, 16, 16), bool)
-    way = inpaint.Filling(decode_steps=5, schedule="linear", temperature=1.0, evidence=False)
-    shown = inpaint.trace_pictures(checkpoint, cats[:1], holes[:1], way)
-    grey = [maskgit.image_patches(pictures == 128, 4, 4).all(axis=-1).sum() for pictures in shown]
-    assert grey == [12, 9, 6, 3, 0]
-    monkeypatch.setattr(inpaint, "AT_ONCE", 1)
-    first, second = inpaint.fill_in_batches(checkpoint, cats, holes, way)
-    assert (first != second).any()
-
-
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3))
     images, masks, out, other = (tmp_path / name for name in ("masked_image", "mask64", "out", "other.pt"))
-    damaged, small, fewer, others, mixed, empty = (tmp_path / name for name in "abcdef")
-    for folder, source in ((damaged, images), (small, masks), (fewer, masks), (others, masks), (mixed, images)):
+    damaged, small, mixed = (tmp_path / name for name in "abc")
+    for folder, source in ((damaged, images), (small, masks), (mixed, images)):
         shutil.copytree(source, folder)
     shutil.copytree(images, mixed / "again")
     (tmp_path / "link").symlink_to(images)
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
     Image.new("L", (8, 8)).save(small / "mask_001.png")
-    (fewer / "mask_001.png").unlink()
-    (others / "mask_001.png").rename(others / "mask_007.png")
-    empty.mkdir()
     maskgit.save_checkpoint(other, tiny_model())
-    old = tmp_path / "old.pt"
-    parts = saved(inpaint_run)
-    maskgit.save_checkpoint(old, parts["model"], tokenizer=parts["tokenizer"], config=parts["config"])
     by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, out)]
+    cats = [*TINY_CATS, "--out", out]
     for *arguments, said in [
-        (*by_run, "--images", empty, "holds no pictures"),
-        (*by_run, "--images", tmp_path / "nothing", "no folder or file"),
+        (*by_run, "--images", tmp_path / "nothing", "no pictures in .*nothing"),
         (*by_run, "--images", damaged, "image_001.png cannot be read"),
         (*by_run, "--masks", small, "mask_001.png is 8x8, .*image_001.png is 16x16"),
-        (*by_run, "--masks", fewer, "no mask has .*image_001.png"),
-        (*by_run, "--masks", others, "no mask has .*image_001.png"),
-        (*by_run, "--images", fewer, "--masks", images, "no picture has .*image_001.png"),
-        (*by_run, "--masks", empty, "holds no pictures"),
-        (*by_run, "--out", images, "cannot be read from and written to"),
         (*by_run, "--images", images / "image_000.png", "--out", tmp_path / "link", "--force", "would be written to"),
         (*by_run, "--images", mixed, "--masks", masks / "mask_000.png", "two pictures would become .*out/image_00"),
-        (*by_run, "--images", masks, "--masks", masks, "no names with and without 'mask'"),
-        (*by_run, "--images", "", "a name is empty"),
-        (*by_run, "--size", 16, "--steps", 4, "--size, --steps: only for a training"),
-        (*by_run, "--preset", "report", "--preset: only for a training"),
-        (*by_run, "--resume", "--force", "not allowed with"),
-        (*TINY_CATS, "--out", out, "--invert-masks", "--samples", 1, "--invert-masks, --samples: only for filling"),
-        (*TINY_CATS, "--out", out, "--data", "", "a name is empty"),
-        (*TINY_CATS, "--out", out, "--size", 8, "size is 8; it must be at least 11"),
-        (*TINY_CATS, "--out", out, "--see", 8, "unrecognized arguments"),
+        (*by_run, "--size", 16, "--size is only for a training"),
         (*by_run, "--checkpoint", other, "no checkpoint of inpaint.py"),
-        (*by_run, "--checkpoint", old, "holds no painter"),
-        (*by_run, "--checkpoint", images / "image_000.png", "damaged or no checkpoint"),
-        (*by_run, "--checkpoint", tmp_path / "none.pt", "there is no checkpoint"),
-        (*TINY_CATS, "--out", out, "--data", empty, "holds no pictures"),
-        (*TINY_CATS, "--out", out, "--data", images, "too few"),
-        ("--checkpoint", other, "name all three"),
-        ("--images", images, "name all three"),
-        (*TINY_CATS, "--out", out, "--size", "30", "is not divisible by"),
-        (*TINY_CATS, "--out", out, "--patch", "0", "patch is 0; it must be at least 1"),
+        (*cats, "--invert-masks", "--samples", 1, "--invert-masks is only for filling files"),
+        (*cats, "--data", images, "too few"),
+        (*cats, "--images", images, "name all three"),
     ]:
         assert call(inpaint, *arguments) == 2, said
         assert re.search(f"^error: .*{said}.*\n$", capsys.readouterr().err) and not out.exists(), said

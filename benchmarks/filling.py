@@ -53,11 +53,11 @@ RADIUS = 3  # pixels around the hole that OpenCV looks at, its usual value
 KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "steps"]
 
 
-def fill(way, checkpoint, images, holes, seed):
+def fill(way, inpainter, images, holes, seed):
     if way.startswith(AS_DECODED):
-        checkpoint = checkpoint | {"painter": None}
+        inpainter = inpainter._replace(painter=None)
     if way not in OPENCV:
-        return inpaint.fill_in_batches(checkpoint, images, holes, replace(inpaint.Filling(), **WAYS[way]), seed)
+        return inpaint.fill_in_batches(inpainter, images, holes, replace(inpaint.Filling(), **WAYS[way]), seed)
     import cv2  # nothing else needs it
 
     method = getattr(cv2, OPENCV[way])
@@ -101,12 +101,12 @@ def features_of(pictures, observer, prepare, device):
     return np.concatenate([observer(part).cpu().numpy() for part in parts])
 
 
-def paint_reports(checkpoint, image, hole):
+def paint_reports(inpainter, image, hole):
     """Eight steps of the reports' way to fill a picture (1, S, S, 3), a row for each of their schedules."""
     rows = []
     for schedule in STUDY[0]:
         filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8, schedule=schedule)
-        trace = inpaint.trace_pictures(checkpoint | {"painter": None}, image, hole, filling)
+        trace = inpaint.trace_pictures(inpainter._replace(painter=None), image, hole, filling)
         rows.append(trace + trace[-1:] * (8 - len(trace)))  # a small hole takes fewer steps
     return inpaint.sheet(np.array(rows), [f"step {t}" for t in range(1, 9)])
 
@@ -131,8 +131,7 @@ def main():
     if not ways:
         parser.error(f"--ways {' '.join(arguments.ways)}: none begins so")
     device = pick_device(arguments.device)
-    checkpoint = inpaint.open_model(arguments.checkpoint, device)
-    run = checkpoint["config"]
+    inpainter, run = inpaint.open_model(arguments.checkpoint, device)
     out = arguments.checkpoint.parent  # the run's own pictures are none of its data
     split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"], out)
     if digest != run["pictures_sha256"]:
@@ -159,10 +158,10 @@ def main():
     seed = inpaint.TEST_SEED if arguments.part == "test" else inpaint.VALIDATION_SEED
     for kind, draw in itertools.product(arguments.holes, range(arguments.seeds)):
         holes = inpaint.make_holes(kind, len(images), run["size"], seed + 10 * draw)  # 0: those of the run's scores
-        decoded = inpaint.true_tokens(checkpoint["tokenizer"], images)
-        judge(kind, "true tokens", inpaint.into_holes(decoded, images, holes, checkpoint["painter"]), holes, draw)
+        decoded = inpainter.tokenizer.decode(inpainter.tokenizer.encode(images / np.float32(255)))
+        judge(kind, "true tokens", inpaint.into_holes(decoded, images, holes, inpainter.painter), holes, draw)
         for way in ways:
-            judge(kind, way, fill(way, checkpoint, images, holes, draw), holes, draw)
+            judge(kind, way, fill(way, inpainter, images, holes, draw), holes, draw)
     write_figures(record, vars(arguments), figures | {"rows": rows}, arguments.json)
     names = ("psnr", "l1", "ssim", "frechet")
     lines = []
@@ -173,7 +172,7 @@ def main():
     print_table(["filled by", *(f"{kind}: {name}" for kind in arguments.holes for name in names)], lines)
     print(*(f"{name}: {value:.4g}" for name, value in figures.items()), sep="\n")
     if arguments.json and "reports" in arguments.ways:
-        paint_reports(checkpoint, images[:1], holes[:1]).save(arguments.json.with_suffix(".png"))
+        paint_reports(inpainter, images[:1], holes[:1]).save(arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -249,18 +249,18 @@ def test_the_model_sees_a_membrane_in_a_hole(small_vqgan):
     pixels = torch.from_numpy(images / np.float32(255))
     covered = inpaint.membrane(pixels.permute(0, 3, 1, 2), torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1)
     true, covered = (torch.from_numpy(small_vqgan.encode(each.numpy())).flatten(1) for each in (pixels, covered))
-    checkpoint = {"model": tiny_model(), "tokenizer": small_vqgan}
-    for targets in (True, False):
-        tokens, mask, *_ = inpaint.model_input(checkpoint, images, holes, informed=False, targets=targets)
-        assert torch.equal(tokens[~mask], covered[~mask]) and (covered != true)[~mask].any()
-        assert torch.equal(tokens[mask], true[mask]) == targets
+    inpainter = inpaint.Inpainter(tiny_model(), small_vqgan, small_vqgan)
+    tokens, mask, _ = inpaint.model_input(inpainter, images, holes)
+    assert torch.equal(tokens[~mask], covered[~mask]) and (covered != true)[~mask].any()
+    [(tokens, _, _, targets, _)] = inpaint.input_batches(inpainter, images, holes)
+    assert torch.equal(tokens[~mask], covered[~mask]) and torch.equal(targets, true)
 
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, tmp_path, monkeypatch, capsys):
     """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights. It resumes to scores."""
     monkeypatch.setattr(inpaint, "ways_to_fill", lambda *_: {})
     monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
-    monkeypatch.setattr(inpaint, "paint_pictures", lambda *_: None)
+    monkeypatch.setattr(inpaint, "save_pictures", lambda *_: None)
     state = small_vqgan.state_dict()
     run, out, file, other = (tmp_path / name for name in ("run", "no", "VQGAN.pt", "other.pt"))
     torch.save(state, file)
@@ -282,7 +282,7 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, tmp_path, monkeypatch, capsys):
     for script, *arguments, said in [
         (inpaint, *by_run, "no checkpoint of inpaint.py"),
         (vqgan, "--vqgan", other, *by_run, "was not trained on the tokens of the VQGAN that --vqgan names"),
-        (vqgan, "--vqgan", other, *small, "--resume", "was not trained on the tokens of the VQGAN that --vqgan names"),
+        (vqgan, "--vqgan", other, *small, "--resume", "was trained with vqgan_sha256="),
         (vqgan, "--vqgan", file, *by_run, "--evidence", "--evidence and --sample mean need a centroid in pixels"),
         (vqgan, "--vqgan", file, *by_run, "--transformer", other, "fill by one of them"),
         (vqgan, "--vqgan", file, *files, "name all three"),

@@ -297,26 +297,26 @@ class OnVQGAN(inpaint.Inpainting):
     painter_steps: int = maskgit.setting(0, "")  # a VQGAN's decoder paints
 
 
-def require_vqgan(path, config, vqgan):
-    """InputError unless the checkpoint with that config was trained on the tokens of this VQGAN."""
-    if (config or {}).get("vqgan_sha256") != vqgan.sha256:
+def load_own(path, vqgan, device):
+    """The model in a checkpoint of this script; InputError unless it was trained on the tokens of this VQGAN."""
+    checkpoint = maskgit.load_checkpoint(path, device)
+    if (checkpoint["config"] or {}).get("vqgan_sha256") != vqgan.sha256:
         raise InputError(f"{path} was not trained on the tokens of the VQGAN that --vqgan names")
+    return checkpoint["model"]
 
 
 def parse_arguments():
     """The command line, with the recipe and the filling in it."""
-    filling = inpaint.Filling(evidence=False)
-    parser = inpaint.command_line(__doc__, OnVQGAN, filling, "runs/vqgan", ["--checkpoint", "--transformer"])
-    parser.add_argument("--vqgan", type=Path, required=True, metavar="FILE", help="the weights of the VQGAN")
+    parser = inpaint.command_line(__doc__, OnVQGAN, inpaint.Filling(evidence=False), "runs/vqgan")
+    parser.add_argument("--vqgan", type=Path, metavar="FILE", help="the weights of the VQGAN; always needed")
     parser.add_argument("--transformer", type=Path, metavar="FILE", help="fill by this transformer of the reports")
-    arguments = parser.parse_args()
-    filling = maskgit.settings_from(arguments, inpaint.Filling)
+    arguments = parser.parse_with(inpaint.defaults_of)
+    if not arguments.vqgan:
+        parser.error("--vqgan is needed: the weights of the VQGAN")
     if arguments.transformer and arguments.checkpoint:
         parser.error("--transformer is the reports', --checkpoint one of this script: fill by one of them")
-    given = [arguments.transformer or arguments.checkpoint, arguments.images, arguments.masks]
-    if any(given) and not all(given):
-        parser.error("--transformer or --checkpoint fills --images by their --masks: name all three")
-    inpaint.require_flags(parser, any(given))
+    inpaint.require_flags(parser, arguments, arguments.transformer or arguments.checkpoint)
+    filling = maskgit.settings_from(arguments, inpaint.Filling)
     if filling.evidence or filling.sample == "mean":
         parser.error("--evidence and --sample mean need a centroid in pixels for each code; a VQGAN has none")
     return arguments, maskgit.settings_from(arguments, OnVQGAN), filling
@@ -327,20 +327,15 @@ def main():
     arguments, recipe, filling = parse_arguments()
     device = maskgit.pick_device(arguments.device)
     vqgan = load_vqgan(arguments.vqgan, device, "filling" if arguments.transformer else "training")
-    parts = {"tokenizer": vqgan, "painter": vqgan}
     if arguments.transformer:
-        checkpoint = parts | {"model": load_transformer(arguments.transformer, device)}
-        inpaint.fill_files(checkpoint, recipe.size, filling, arguments, recipe.seed)
+        model = load_transformer(arguments.transformer, device)
     elif arguments.checkpoint:
-        checkpoint = maskgit.load_checkpoint(arguments.checkpoint, device)
-        require_vqgan(arguments.checkpoint, checkpoint["config"], vqgan)
-        inpaint.fill_files(checkpoint | parts, recipe.size, filling, arguments, recipe.seed)
+        model = load_own(arguments.checkpoint, vqgan, device)
     else:
-        if arguments.resume:
-            path = arguments.out / "model.pt"
-            require_vqgan(path, maskgit.load_checkpoint(path)["config"], vqgan)
         recipe = replace(recipe, vqgan_sha256=vqgan.sha256)
-        inpaint.train_and_score(record, arguments, recipe, filling, vqgan)
+        return inpaint.train_and_score(record, arguments, recipe, filling, vqgan)
+    inpainter = inpaint.Inpainter(model, tokenizer=vqgan, painter=vqgan)
+    inpaint.fill_files(inpainter, recipe.size, filling, arguments, recipe.seed)
 
 
 if __name__ == "__main__":
