@@ -1,7 +1,5 @@
 """Tests of the method, the training and the four scripts, in the order of the code.
 
-    python -m pytest test_maskgit.py
-
 Expected values are worked out here in another way: by hand, by loops, by enumeration. No test needs a network, a
 GPU (those that use one skip themselves) or data from elsewhere.
 """
@@ -140,9 +138,8 @@ def test_kmeans_gives_empty_clusters_the_farthest_points():
 
 def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
     points = np.random.default_rng(3).random((500, 4)).astype(np.float32)
-    once, again = (kmeans(points, 12, seed=5, restarts=3) for _ in range(2))
-    assert (once.centroids == again.centroids).all() and once.inertia == again.inertia
-    assert not np.array_equal(once.centroids, kmeans(points, 12, seed=6).centroids)
+    once, again, other = (kmeans(points, 12, seed=seed).centroids for seed in (5, 5, 6))
+    assert (once == again).all() and not (once == other).all()
     inertias = [kmeans(points, 12, seed=5, restarts=restarts).inertia for restarts in range(1, 7)]
     assert inertias == sorted(inertias, reverse=True) and inertias[-1] < inertias[0]
 
@@ -224,23 +221,20 @@ def test_attention_equals_an_explicit_softmax():
     heads = []
     for h in range(3):
         of_all = (x @ weight.T + attention.qkv.bias).split(4, dim=2)  # of three heads queries, then keys, then values
-        query = of_all[h]
-        key = of_all[3 + h]
-        value = of_all[6 + h]
+        query, key, value = of_all[h::3]
         scores = torch.exp(query @ key.transpose(1, 2) / math.sqrt(4))
         heads.append(scores / scores.sum(dim=2, keepdim=True) @ value)
     expected = torch.cat(heads, dim=2) @ attention.out.weight.T + attention.out.bias
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
 
     # In bf16, differentiated (on a CPU by another way) and not; gradients of the same sum.
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), weight)
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(x)
         with torch.no_grad():
             torch.testing.assert_close(attention(x).float(), expected, rtol=0.05, atol=0.01)
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.01)
-    (found_gradient,) = torch.autograd.grad(found.float().square().sum(), weight)
-    torch.testing.assert_close(found_gradient, expected_gradient, rtol=0.1, atol=0.05)
+    gradients = [torch.autograd.grad(each.float().square().sum(), weight)[0] for each in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -277,13 +271,10 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
     here, moved, mirrored = (attention(x, maskgit.rotary_angles(at, 8)[None, None]) for at in places)
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
     assert (here - mirrored).abs().max() > 1e-3
-    # The score of one pair by hand: both vectors turned as complex numbers.
-    angles = maskgit.rotary_angles(coords, 8)
-    query, key = (torch.randn(8) for _ in range(2))
-    turned = [torch.complex(v[:4], v[4:]) * torch.exp(1j * angles[i]) for v, i in ((query, 0), (key, 1))]
-    expected = (turned[0] * turned[1].conj()).real.sum()
-    found = (maskgit.turn(query[None, None, None], angles[0]) * maskgit.turn(key[None, None, None], angles[1])).sum()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    angles = maskgit.rotary_angles(coords, 8)  # a pair of numbers is turned as a complex one is
+    turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.exp(1j * angles)
+    found = maskgit.turn(x[..., :8], angles)
+    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], dim=-1))
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -344,7 +335,6 @@ def test_schedules_fall_from_one_to_zero():
 def test_masks_hide_exact_counts_and_every_token_equally_often():
     mask = random_mask((5, 64), torch.tensor([0.0, 0.01, 0.2, 0.5, 1.0]), seeded())
     assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [1, 1, 13, 32, 64]
-    assert random_mask((3, 10), 0.25, seeded()).sum(dim=1).tolist() == [3, 3, 3]
     for ratio, tokens, count in ((0.55, 100, 55), (0.14, 50, 7), (0.5500001, 100, 56)):
         assert int(random_mask((1, tokens), ratio).sum()) == count, "products of floats are rounded before they rise"
     assert torch.equal(*(random_mask((3, 10), 0.25, seeded(1)) for _ in range(2)))
@@ -354,41 +344,30 @@ def test_masks_hide_exact_counts_and_every_token_equally_often():
 
 
 def test_training_masks_are_the_boxes_of_two_tokens_and_the_halves():
-    """On a grid with its rows: every box and half occurs, and nothing else; at other coordinates by counting."""
-    coords = grid_coords(3, 4)
-    found = {}
-    for kind in ("box", "half"):
-        found[kind] = set(map(tuple, training_mask((4000, 12), kind, seeded(), coords).tolist()))
-    rows, columns = (list(itertools.combinations_with_replacement(range(n), 2)) for n in (3, 4))
-    boxes = [lambda x, y, r=r, c=c: r[0] <= y <= r[1] and c[0] <= x <= c[1] for r in rows for c in columns]
-    halves = [lambda x, y: x < 2, lambda x, y: x >= 2, lambda x, y: y < 1, lambda x, y: y > 1]
-    for kind, holes in (("box", boxes), ("half", halves)):
-        assert found[kind] == {tuple(hole(x, y) for x, y in coords.tolist()) for hole in holes}
-    points = torch.rand(50, 20, 2, generator=seeded(1))
-    mask = training_mask((50, 20), "half+box", seeded(2), points)
-    for hidden, at in zip(mask[:25], points[:25], strict=True):
-        beyond = at > (at.amin(dim=0) + at.amax(dim=0)) / 2
-        assert any(torch.equal(hidden, half) for half in (*beyond.T, *~beyond.T))
-    for hidden, at in zip(mask[25:], points[25:], strict=True):
-        inside = (at[hidden].amin(dim=0) <= at) & (at <= at[hidden].amax(dim=0))
-        assert hidden.any() and torch.equal(hidden, inside.all(dim=1))
+    """Of a grid, a line and a point, as rows of one batch: each of them occurs and nothing else."""
+    places = [grid_coords(3, 4), grid_coords(12, 1), torch.zeros(12, 2)]
+    coords = torch.stack(places).repeat_interleave(2000, dim=0)
+    mask = training_mask((12000, 12), "half+box", seeded(), torch.cat([coords, coords.flip(0)]))
+    halves, boxes = ([set(map(tuple, rows.tolist())) for rows in part.split(2000)] for part in mask.split(6000))
+    line = (*6 * [True], *6 * [False])
+    of_grid = [lambda x, y: x < 2, lambda x, y: x >= 2, lambda x, y: y < 1, lambda x, y: y > 1]
+    expected = {tuple(hole(x, y) for x, y in places[0].tolist()) for hole in of_grid}
+    assert halves == [expected, {line, line[::-1]}, {12 * (True,)}]
+    for at, found in zip(places, boxes[::-1], strict=True):
+        corners = itertools.product(at.tolist(), repeat=2)
+        assert found == {
+            tuple(all(min(c) <= z <= max(c) for z, *c in zip(token, a, b, strict=True)) for token in at.tolist())
+            for a, b in corners
+        }
+    masks = [training_mask((9, 12), "box", seeded(), at) for at in (places[0].long(), coords[:9])]
+    assert torch.equal(*masks), "of any type, and the same for all rows"
 
 
-@pytest.mark.parametrize("coords", [grid_coords(1, 16), grid_coords(16, 1).long(), torch.zeros(16, 2)])
-def test_training_masks_always_hide_something(coords):
-    """A line has two halves, a single place one."""
-    rows = [(8 * [True], 8 * [False]), (8 * [False], 8 * [True])] if coords.any() else [(8 * [True], 8 * [True])]
-    found = set(map(tuple, training_mask((200, 16), "half", seeded(), coords).tolist()))
-    assert found == {(*a, *b) for a, b in rows}
-    assert training_mask((200, 16), "box", seeded(), coords).any(dim=1).all()
-
-
-@pytest.mark.parametrize("kind", maskgit.SCHEDULES)
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
-def test_the_extremes_of_the_random_numbers_are_masks(kind, extreme, monkeypatch):
+def test_the_extremes_of_the_random_numbers_are_masks(extreme, monkeypatch):
     """The least and the largest number that torch.rand draws: as r they round to 0 and to 1."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
-    for rows in (1, 16):
+    for kind, rows in itertools.product(maskgit.SCHEDULES, (1, 16)):
         hidden = training_mask((rows, 9), kind).sum(dim=1)
         assert hidden.min() >= 1 and hidden.max() <= 9
         assert hidden[-1] == 1 if extreme else hidden[0] == 9
@@ -399,6 +378,8 @@ def test_masked_cross_entropy_by_hand():
     targets = torch.tensor([[0, 1], [0, 0]])
     mask = torch.tensor([[True, False], [True, True]])
     hidden = [math.log(2), math.log(1 + math.e), math.log(1 + math.exp(-2))]
+    assert maskgit.masked_cross_entropy(logits, targets, mask).item() == pytest.approx(sum(hidden) / 3)
+    assert maskgit.masked_cross_entropy(logits, targets, mask, count=7).item() == pytest.approx(sum(hidden) / 7)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -432,14 +413,8 @@ OWN_PACE = {"entropy", lazy, eager}
 
 
 @pytest.mark.parametrize("order", [*ORDERS, lazy, eager])
-@pytest.mark.parametrize(
-    ("schedule", "sample", "steps"),
-    [
-        ("cosine", "categorical", 1),
-        ("cosine", "argmax", 20),
-        *((schedule, "categorical", 8) for schedule in [*maskgit.SCHEDULES, lambda r: 1 - r]),
-    ],
-)
+@pytest.mark.parametrize("schedule", [*maskgit.SCHEDULES, lambda r: 1 - r])
+@pytest.mark.parametrize(("sample", "steps"), [("categorical", 1), ("categorical", 8), ("argmax", 20)])
 def test_decode_keeps_its_promises(order, schedule, sample, steps):
     model = tiny_model(dropout=0.5)
     trace = []
@@ -498,13 +473,13 @@ def test_decode_takes_what_people_have(order):
         assert (found == decode_ragged(**options)).float().mean() > 0.9
 
 
+@torch.no_grad()
 def test_an_order_sees_the_step_and_is_obeyed():
     """What it is told, against the trace; and just the tokens that it wants are committed, as they were sampled."""
     model = tiny_model()
     coords = grid_coords(4, 4)
-    trace = []
-    told = []
-    tokens, mask = ragged_batch(2)
+    shown, before = tokens, mask = ragged_batch(2)
+    trace, told = [], []
 
     def sample(state):
         assert state.tokens is None
@@ -514,26 +489,19 @@ def test_an_order_sees_the_step_and_is_obeyed():
         told.append(state)
         return state.place % 3 == state.step % 3
 
-    options = {"steps": 20, "schedule": "linear", "order": order, "sample": sample, "trace": trace}
-    decode(model, tokens, mask, coords, **options)
-    shown = tokens.masked_fill(mask, 5)
-    before = mask
+    decode_ragged(model, 2, steps=20, schedule="linear", order=order, sample=sample, trace=trace)
     for t, (step, (now, hidden)) in enumerate(zip(told, trace, strict=True), start=1):
+        assert (step.step, step.steps) == (t, 20) and torch.equal(step.coords, coords.expand(6, 16, 2))
         assert torch.equal(torch.stack([step.row, step.place]), before.nonzero().T)
-        with torch.no_grad():
-            expected = model(shown, coords).log_softmax(dim=-1)[before]
+        expected = model(shown.masked_fill(before, 5), coords).log_softmax(dim=-1)[before]
         torch.testing.assert_close(step.log_probs, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(step.tokens, (step.place + t) % 5) and torch.equal(step.coords, coords.expand(6, 16, 2))
-        assert (step.step, step.steps) == (t, 20)
         scheduled = (mask.sum(dim=1) * (1 - t / 20)).floor()
         assert torch.equal(step.left, scheduled.minimum(before.sum(dim=1) - 1).clamp(min=0).long())
-        wanted = before & (torch.arange(16) % 3 == t % 3)
-        committed = before & ~hidden
-        obeyed = wanted.any(dim=1)
-        assert torch.equal(committed[obeyed], wanted[obeyed]) and (committed[~obeyed].sum(dim=1) <= 1).all()
-        assert torch.equal(now[committed], ((torch.arange(16) + t) % 5).expand(6, 16)[committed])
-        shown = now
-        before = hidden
+        assert torch.equal(step.tokens, (step.place + t) % 5)
+        assert torch.equal(now[before & ~hidden], ((torch.arange(16) + t) % 5).expand(6, 16)[before & ~hidden])
+        for was, left, wanted in zip(before, hidden, before & (torch.arange(16) % 3 == t % 3), strict=True):
+            assert torch.equal(was & ~left, wanted) or (not wanted.any() and (was & ~left).sum() == was.any())
+        shown, before = now, hidden
 
 
 class FixedMarginals:
@@ -589,8 +557,6 @@ def test_confidence_is_noisy_at_first_and_not_at_last(log_probability):
         step = maskgit.Step(log_probs, None, None, None, None, t, 4, seeded(), tokens)
         priority = maskgit.by_confidence(step, temperature, log_probability).view(n, 2)
         noise = temperature * (1 - t / 4)
-        mean = first + 0.5772 * noise  # of the first token; Gumbel noise has Euler's constant for its mean
-        assert priority[:, 0].mean().item() == pytest.approx(mean, abs=0.05 * noise + 1e-5)
         expected = 1 / (1 + math.exp((second - first) / noise)) if noise else 1.0
         assert (priority[:, 0] > priority[:, 1]).float().mean().item() == pytest.approx(expected, abs=0.018)
 
@@ -607,21 +573,18 @@ def test_entropy_commits_the_most_uncertain_and_what_the_budget_allows():
 
 
 def test_stop_after_commits_the_rest():
-    short = []
-    whole = []
+    short, whole = [], []
     for trace, stop_after in ((short, 3), (whole, None)):
-        options = {"steps": 10, "order": "confidence", "stop_after": stop_after}
-        assert decode_ragged(seed=3, trace=trace, **options).max() < 5
+        assert decode_ragged(steps=10, order="confidence", stop_after=stop_after, trace=trace).max() < 5
     assert len(short) == 3 and torch.equal(short[0][0], whole[0][0])
 
 
 def test_finished_images_cost_no_more_calls():
     model = FixedMarginals([[0.6, 0.4]] * 4)
     mask = torch.tensor([[True] * 4, [True] + [False] * 3, [False] * 4])
-    decode(model, torch.zeros(3, 4, dtype=torch.int64), mask, grid_coords(2, 2), steps=4, order="random")
-    assert model.sizes == [2, 1, 1, 1]
-    assert not decode(model, torch.zeros(3, 4, dtype=torch.int64), mask & False, grid_coords(2, 2)).any()
-    assert len(model.sizes) == 4
+    for hidden in (mask, mask & False):
+        decode(model, torch.zeros(3, 4, dtype=torch.int64), hidden, grid_coords(2, 2), steps=4, order="random")
+        assert model.sizes == [2, 1, 1, 1]
 
 
 def test_evidence_is_added_to_the_logits_of_its_own_token():
@@ -635,7 +598,6 @@ def test_evidence_is_added_to_the_logits_of_its_own_token():
 # ---------------------------------------------------------------------------------------------------
 # What the functions refuse
 
-
 ONE_TOO_MANY = Mock(mask_id=5, training=False, return_value=torch.zeros(5, 16, 6))  # a logit for [MASK], too
 REFUSED = [
     ("fewer of the 3 points are distinct", lambda: kmeans(np.array([[0.0], [-0.0], [1.0]]), 3)),
@@ -645,13 +607,10 @@ REFUSED = [
     ("stride 4", lambda: PatchTokenizer(np.zeros((2, 27)), 3, stride=4)),
     ("divisible by 4", lambda: maskgit.position_encoding(grid_coords(2, 2), 18)),
     ("split, printed", lambda: maskgit.position_encoding(grid_coords(2, 2), 16, "learned")),
-    ("divisible by 4, not 6", lambda: maskgit.rotary_angles(grid_coords(2, 2), 6)),
     ("pre, post", lambda: tiny_model(norm="none")),
     ("linear, tied, cosine", lambda: tiny_model(head="mlp")),
     ("cosine head", lambda: tiny_model(head="tied", learn_temperature=True)),
-    ("16 is not divisible by 3 heads", lambda: tiny_model(heads=3)),
     ("between 0 and 1", lambda: random_mask((2, 4), 1.5)),
-    ("'sideways' is no mask", lambda: training_mask((6, 100), "0.2+sideways")),
     ("'nan' is no mask", lambda: training_mask((6, 100), "nan")),
     (r"\(1,\) of the order, 45 hidden tokens", lambda: decode_ragged(order=lambda state: state.tokens[:1])),
     ("none of the codes", lambda: decode_ragged(sample=lambda state: state.place + 5)),
@@ -665,7 +624,6 @@ REFUSED = [
     (r"model\.eval\(\)", lambda: decode_ragged(tiny_model().train())),
     ("no numbers", lambda: decode_ragged(evidence=torch.full((6, 16, 5), math.nan))),
     ("precision 'fp16'; choose from auto, float32, bf16", lambda: recipe(precision="fp16")),
-    ("steps is 0; it must be at least 1", lambda: recipe(steps=0)),
     ("clip is 0.0", lambda: recipe(clip=0.0)),
     ("lr is nan", lambda: recipe(lr=math.nan)),
     ("steps is 'many', not of type int", lambda: recipe(steps="many")),
@@ -703,9 +661,7 @@ def recipe(**settings):
 def trained(batch=striped_batch, *, dropout=0.0, **settings):
     """The weights of a tiny model after training, and the rows of its log."""
     model = tiny_model(codes=2, dropout=dropout)
-    options = {
-        name: settings.pop(name) for name in ("out", "resume", "force", "validate", "best_by") if name in settings
-    }
+    options = {name: settings.pop(name) for name in list(settings) if name not in asdict(recipe())}
     rows = train(model, batch, recipe(**settings), **options)
     return weights(model), rows
 
@@ -758,7 +714,7 @@ def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, counted):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_first_step_by_hand(optimizer):
     """AdamW moves every weight by lr against the sign of its gradient. Muon has the matrices of the blocks, and moves
-    them by orthogonal ones of the same size, however unlike each other the gradient's axes are. Only those decay."""
+    them by orthogonal ones of the same size. Only those decay."""
     model = tiny_model(codes=2, head="tied", rotary=False)
     matrices = {id(parameter) for parameter in model.blocks.parameters() if parameter.ndim == 2}
     before = [p.detach().clone() for p in model.parameters()]
@@ -770,9 +726,7 @@ def test_first_step_by_hand(optimizer):
         step = (parameter.detach() - start * (1 - 0.01 * 0.5 * in_blocks)) / 0.01
         if in_blocks and optimizer == "muon":
             sizes = torch.linalg.svdvals(step)[:4]
-            of_gradient = torch.linalg.svdvals(gradient)[:4]
             assert (sizes / (0.2 * math.sqrt(max(step.shape))) - 1).abs().max() < 0.4
-            assert of_gradient[3] < 0.1 * of_gradient[0]
         else:
             large = gradient.abs() > 1e-5
             torch.testing.assert_close(step[large], -gradient.sign()[large], rtol=0, atol=2e-3)
@@ -790,12 +744,11 @@ def test_muon_has_the_precision_of_the_training(precision):
     model = tiny_model(codes=2)
     target = model.blocks[0].mlp[0].weight
     start = target.detach().clone()
-    gradient = torch.randn(64, 16, generator=seeded())
-    x = gradient.double().T / gradient.double().norm()  # the first step's momentum has the gradient's direction
+    target.grad = torch.randn(64, 16, generator=seeded())
+    x = target.grad.double().T / target.grad.double().norm()  # the first step's momentum has the gradient's direction
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    target.grad = gradient.clone()
     settings = recipe(optimizer="muon", warmup=0, clip=math.inf, precision=precision)
     maskgit.update(model, maskgit.make_optimizers(model, settings), settings, 0)
     moved = (start - target).detach() / (0.01 * 0.2 * 8)
@@ -833,15 +786,10 @@ def test_resumed_run_is_bit_identical(options, tmp_path, saving):
 
 def test_dropout_has_seeds_of_its_own():
     """Another in each step, and none that a part of a batch may have."""
-    seeds = []
-
-    def batch(step):
-        seeds.append(torch.initial_seed())
-        return striped_batch(step)
-
-    trained(batch, steps=5)
-    assert len(set(seeds)) == 5
-    assert not set(seeds) & {maskgit.step_seed(0, step, part) for step in range(5) for part in range(100)}
+    seeds = set()
+    trained(lambda step: seeds.add(torch.initial_seed()) or striped_batch(step), steps=5)
+    assert len(seeds) == 5
+    assert seeds.isdisjoint(maskgit.step_seed(0, step, part) for step in range(5) for part in range(100))
 
 
 def test_the_best_validated_model_is_kept(tmp_path, saving):
@@ -855,8 +803,8 @@ def test_the_best_validated_model_is_kept(tmp_path, saving):
 
     options = {"steps": 8, "log_rows": 4, "validate": validate, "best_by": "figure"}
     found, _ = trained(**options)
-    best = seen[1]
-    assert torch.equal(found, best) and not torch.equal(best, seen[3])
+    best, *_, last = seen[1:]
+    assert torch.equal(found, best) and not torch.equal(best, last)
     seen.clear()
     with pytest.raises(KeyboardInterrupt):
         trained(saving(6, stop=7), out=tmp_path, **options)
@@ -864,7 +812,7 @@ def test_the_best_validated_model_is_kept(tmp_path, saving):
     found, _ = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(found, best) and torch.equal(saved_weights(tmp_path), best) and len(seen) == 4
     options["validate"] = lambda model: {"figure": math.nan}
-    assert torch.equal(trained(**options)[0], seen[3]), "without any number the last one"
+    assert torch.equal(trained(**options)[0], last), "without any number"
 
 
 def test_resume_refuses_another_recipe_another_model_and_no_checkpoint(tmp_path):
@@ -894,20 +842,13 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, saving)
 
 
 def test_batches_of_any_integers_and_none_that_hides_nothing():
-    def changed(change, step):
-        tokens, mask, coords = striped_batch(step)
-        return *change(tokens, mask), coords
-
-    expected, _ = trained(steps=3)
+    tokens, mask, coords = striped_batch(0)
+    expected, _ = trained(lambda step: (tokens, mask, coords), steps=3)
     for kind in (torch.int32, torch.uint8):
-        batch = functools.partial(changed, lambda tokens, mask, kind=kind: (tokens.to(kind), mask))
-        assert torch.equal(trained(batch, steps=3)[0], expected)
-    for change, said in [
-        (lambda tokens, mask: (tokens, mask & False), r"batch\(0\) hides no token"),
-        (lambda tokens, mask: (tokens, mask.long()), "must agree, the mask as bool"),
-        (lambda tokens, mask: (tokens + 1, mask), "tokens are 1 .. 2, the codes 0 .. 1"),
-    ]:
-        assert re.search(said, refusal(trained, functools.partial(changed, change)))
+        assert torch.equal(trained(lambda step, kind=kind: (tokens.to(kind), mask, coords), steps=3)[0], expected)
+    assert "batch(0) hides no token" in refusal(trained, lambda step: (tokens, mask & False, coords))
+    assert "the mask as bool" in refusal(trained, lambda step: (tokens, mask.long(), coords))
+    assert "tokens are 1 .. 2, the codes 0 .. 1" in refusal(trained, lambda step: (tokens + 1, mask, coords))
 
 
 def test_what_is_written_can_be_read(tmp_path):
@@ -926,9 +867,7 @@ def test_what_is_written_can_be_read(tmp_path):
     assert torch.equal(saved_weights(tmp_path), weights(model))
     assert torch.equal(saved(tmp_path)["extra"]["a"], torch.ones(2)) and saved(tmp_path)["step"] == 7
     assert saved(tmp_path)["config"] == {"a": 0.5, "b": [1, 2], "c": {"d": True}, "e": None}
-    whole = (tmp_path / "model.pt").read_bytes()
-    said = refusal(maskgit.save_checkpoint, tmp_path / "model.pt", model, extra={"a": np.ones(2)})
-    assert "no dict of tensors" in said and (tmp_path / "model.pt").read_bytes() == whole
+    assert "of tensors" in refusal(maskgit.save_checkpoint, tmp_path / "model.pt", model, extra={"a": np.ones(2)})
 
 
 @pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
@@ -965,22 +904,15 @@ def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_cuda_trains_like_the_cpu(precision):
-    losses = []
-    for device in ("cpu", "cuda"):
-        model = tiny_model(codes=2).to(device)
-        losses.append(train(model, striped_batch, recipe(log_rows=1, precision=precision))[0]["loss"])
+def test_cuda_trains_like_the_cpu_and_decodes(precision):
+    models = [tiny_model(codes=2).to(device) for device in ("cpu", "cuda")]
+    losses = [train(model, striped_batch, recipe(log_rows=1, precision=precision))[0]["loss"] for model in models]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("order", ORDERS)
-def test_cuda_decodes(order):
-    model = tiny_model(codes=2).cuda()
     hidden = torch.ones(4, 16, dtype=torch.bool, device="cuda")
-    options = {"steps": 4, "order": order, "generator": torch.Generator("cuda").manual_seed(0)}
-    filled = decode(model, hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
-    assert filled.is_cuda and filled.max() < 2
+    for order in ORDERS:
+        options = {"steps": 4, "order": order, "generator": torch.Generator("cuda").manual_seed(0)}
+        filled = decode(models[1], hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
+        assert filled.is_cuda and filled.max() < 2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -988,72 +920,56 @@ def test_cuda_decodes(order):
 
 
 def test_a_seed_makes_a_model_and_the_cpu_is_a_device():
-    first, again, other = (maskgit.Experiment(seed=seed, dim=8, heads=1).new_model(3, "cpu") for seed in (3, 3, 4))
-    assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
-    assert maskgit.pick_device("cpu").type == "cpu" and maskgit.pick_device().type in ("cpu", "cuda")
-    assert "device 'tpu' cannot be used" in refusal(maskgit.pick_device, "tpu")
-    cpu = torch.device("cpu")
+    models = (maskgit.Experiment(seed=seed, dim=8, heads=1).new_model(3, "cpu") for seed in (3, 3, 4))
+    first, again, other = map(weights, models)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    cpu = maskgit.pick_device("cpu")
     assert recipe(precision="bf16").for_device(cpu).precision == "bf16"
     assert recipe(precision="auto").for_device(cpu).precision == maskgit.fast_precision(cpu)
 
 
-def test_settings_become_flags_and_flags_settings():
-    """Those that are given win over a script's defaults, and these over the dataclass's own; all others stay."""
-    parser = maskgit.CommandLine("")
-    maskgit.add_flags(parser, maskgit.Experiment, hidden=32, lr=0.5, rotary=False)
-    given = ["--betas", "0.5", "0.25", "--lr", "2", "--mask", "box+half", "--rotary", "--loss", "all"]
-    found = maskgit.settings_from(parser.parse_args(given), maskgit.Experiment)
-    expected = dict(betas=(0.5, 0.25), lr=2.0, mask="box+half", rotary=True, loss="all", hidden=32)
-    assert asdict(found) == asdict(maskgit.Experiment()) | expected
+def test_settings_become_flags_and_flags_settings(monkeypatch, capsys):
+    """Flags win over a preset's defaults, these over a script's, and these over the dataclass's own."""
 
-
-def test_a_preset_sets_defaults(monkeypatch, capsys):
-    """A flag beside it wins, and --help shows them."""
-
-    def settings(*given):
+    def differing(command):
         parser = maskgit.CommandLine("")
-        parser.add_argument("--preset", default="small")
-        maskgit.add_flags(parser, maskgit.Recipe)
-        monkeypatch.setattr(sys, "argv", ["script.py", *given])
-        found = parser.parse_with(lambda first: {"steps": 77, "lr": 7.0} if first.preset == "large" else {})
-        return found.steps, found.lr
+        parser.add_argument("--preset")
+        maskgit.add_flags(parser, maskgit.Experiment, hidden=32, lr=0.5, rotary=False)
+        monkeypatch.setattr(sys, "argv", ["script.py", *command.split()])
+        arguments = parser.parse_with(lambda first: {"steps": 77, "lr": 7.0} if first.preset == "large" else {})
+        found = asdict(maskgit.settings_from(arguments, maskgit.Experiment))
+        return {name: value for name, value in found.items() if value != getattr(maskgit.Experiment, name)}
 
-    assert settings() == (1000, 4e-3) and settings("--steps", "3", "--preset", "large") == (3, 7.0)
-    with pytest.raises(SystemExit) as stop:
-        settings("--preset", "large", "-h")
-    assert stop.value.code == 0 and "default 77" in capsys.readouterr().out
+    assert differing("") == dict(hidden=32, lr=0.5, rotary=False)
+    assert differing("--lr 2 --preset large --rotary") == dict(hidden=32, lr=2.0, steps=77)
+    assert differing("--lr 4e-3 --rotary --hidden 0 --betas 0.5 0.25") == dict(betas=(0.5, 0.25))
+    with pytest.raises(SystemExit):
+        differing("--help --preset large")
+    assert "default 77" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (maskgit.InputError("no such hole\nat all"), "error: no such hole\n"),
-        (FileNotFoundError(2, "No such file", "a.png"), "error: [Errno 2] No such file: 'a.png'\n"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "error: not enough memory: CUDA out of memory\n"),
-        (KeyboardInterrupt(), "interrupted; --resume goes on from the last checkpoint\n"),
-        (ValueError("shapes do not fit"), None),
-        (RuntimeError("shapes do not fit"), None),
-    ],
-)
-def test_bad_input_is_one_line_and_a_bug_has_its_traceback(error, said, capsys):
-    with pytest.raises(SystemExit if said else type(error)) as stop:
-        maskgit.run_as_script(Mock(side_effect=error))
-    if said:
-        assert stop.value.code == (130 if "interrupted" in said else 2) and capsys.readouterr().err == said
+def test_bad_input_is_one_line_and_a_bug_has_its_traceback(capsys):
+    for error, code, said in [
+        (maskgit.InputError("no such hole\nat all"), 2, "error: no such hole\n"),
+        (FileNotFoundError(2, "No such file", "a.png"), 2, "error: [Errno 2] No such file: 'a.png'\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: not enough memory: CUDA out of memory\n"),
+        (KeyboardInterrupt(), 130, "interrupted; --resume goes on from the last checkpoint\n"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            maskgit.run_as_script(Mock(side_effect=error))
+        assert stop.value.code == code and capsys.readouterr().err == said
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error):
+            maskgit.run_as_script(Mock(side_effect=error))
 
 
 def test_a_record_knows_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
     (folder := tmp_path / "a folder").mkdir()
     monkeypatch.setattr(maskgit, "__file__", str(folder / "maskgit.py"))
-    monkeypatch.setattr(sys, "argv", [str(folder / "toy.py"), "--name", "two words"])
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
-    record = maskgit.run_record()
-    assert record["command"] == "ATEN_CPU_CAPABILITY=default python toy.py --name 'two words'"
-    assert record["commit"] == "unknown" and record["changed"] is False
     (folder / "toy.py").write_text("")
-    git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a"]
-    for command in (["init", "-q"], ["add", "toy.py"], ["commit", "-q", "-m", "first"]):
-        subprocess.run([*git, *command], check=True)
+    assert maskgit.run_record()["commit"] == "unknown"
+    for command in ("init", "add toy.py", "-c user.name=a -c user.email=a commit -m first"):
+        subprocess.run(["git", "-C", folder, *command.split()], check=True, capture_output=True)
     for text in ("", "a change"):
         (folder / "toy.py").write_text(text)
         record = maskgit.run_record()
@@ -1067,10 +983,7 @@ def test_image_grid_puts_each_image_in_its_place(tmp_path):
     images = np.arange(6).reshape(6, 1, 1, 1) / 10 * np.ones((6, 2, 3, 1))
     sheet = np.asarray(maskgit.image_grid(images, 4, scale=5, gap=2))
     assert sheet.shape == (2 * 12 + 2, 4 * 17 + 2, 3)
-    for i in range(6):
-        top = 2 + i // 4 * 12
-        left = 2 + i % 4 * 17
-        assert (sheet[top : top + 10, left : left + 15] == round(i / 10 * 255)).all()
+    assert all((sheet[2 + i // 4 * 12 :, 2 + i % 4 * 17 :][:10, :15] == round(i / 10 * 255)).all() for i in range(6))
     assert (sheet[:2] == maskgit.FRAME).all() and (sheet[14:, 36:] == maskgit.FRAME).all()
     colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
     assert np.asarray(maskgit.image_grid(colour, 1, titles=["orange"]))[-5, 4].tolist() == [255, 128, 0]
@@ -1088,8 +1001,7 @@ def test_line_plot_draws_the_curve_where_it_belongs():
     shown, more = {"a": ([1, 2], [1, 10])}, {"a": ([1, 2, 2, 1], [1, 10, math.nan, -1])}
     assert maskgit.line_plot(shown, log_y=True, **labels) == maskgit.line_plot(more, log_y=True, **labels)
     assert maskgit.axis([0, 1], 0, 100)[1] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    position, ticks = maskgit.axis([3, 300], 200, 0, True)
-    assert ticks == [3, 5, 10, 20, 30, 50, 100, 200, 300] and position(30) == pytest.approx(100)
+    assert maskgit.axis([3, 300], 200, 0, log=True)[0](30) == pytest.approx(100)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2399,35 +2311,9 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------
 # Several processes, as torchrun starts them, with gloo
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
-PARALLEL = {
-    train_squares: [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
-    inpaint: [*TINY_CATS, *ADAMW],
-}
-TOGETHER = """
-import os, signal, sys, time
-from pathlib import Path
-import inpaint, maskgit, torch, train_squares
-from test_maskgit import recipe, striped_batch, tiny_model, trained_by_figures
-
-train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20
-for script, sys.argv in {0}:
-    maskgit.run_as_script(sys.modules[script].main)
-    assert torch.distributed.is_initialized()
-torch.save(trained_by_figures(), Path({1!r}, "rank" + os.environ["RANK"]))
-cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-assert torch.get_num_threads() == max(1, cores // 2)
-
-def batch(step):
-    if step == 4 and os.environ["RANK"] == "1":
-        time.sleep(2)  # the other one may still be writing
-        signal.raise_signal(signal.SIGKILL)
-    return striped_batch(step)
-
-maskgit.CHECKPOINT_SECONDS = 0
-maskgit.train(tiny_model(codes=2), batch, recipe(steps=8, lr=0.001, log_rows=1), out=Path({1!r}, "killed"))
-"""
+ADAMW = ["--optimizer", "adamw", "--lr", "0.001", "--out"]
+PARALLEL = {"train_squares": [*TINY, "--steps", "12", "--accumulate", "2", *ADAMW], "inpaint": [*TINY_CATS, *ADAMW]}
+EIGHT_STEPS = {"steps": 8, "lr": 0.001, "log_rows": 1}
 
 
 def trained_by_figures():
@@ -2438,29 +2324,45 @@ def trained_by_figures():
     return found, [row | {"seconds": 0} for row in rows]
 
 
-def test_two_processes_agree_with_one_and_stop_together(tmp_path):
+def train_together(out):
+    """What each of two processes does. In its last training the second one is killed."""
+
+    def batch(step):
+        if step == 4 and os.environ["RANK"] == "1":
+            time.sleep(2)  # the other one may still be writing
+            signal.raise_signal(signal.SIGKILL)
+        return striped_batch(step)
+
+    for name, options in PARALLEL.items():
+        assert call(sys.modules[name], *options, out / name) == 0 and torch.distributed.is_initialized()
+    torch.save(trained_by_figures(), out / f"rank{os.environ['RANK']}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert torch.get_num_threads() == max(1, cores // 2)
+    maskgit.CHECKPOINT_SECONDS = 0
+    trained(batch, out=out / "killed", **EIGHT_STEPS)
+
+
+def test_two_processes_agree_with_one_and_stop_together(tmp_path, capsys):
     """On the same global batch: equal loss and weights, one writer; by two scripts, and a training in the group that
     the first of them has made. Then one of both is killed: the last checkpoint stays whole, and resumed by one process
     that run ends as one of a single process does."""
     (two := tmp_path / "two").mkdir()
-    scripts = {script.__name__: [*map(str, options), "--out"] for script, options in PARALLEL.items()}
-    calls = [(name, ["code.py", *options, str(two / name)]) for name, options in scripts.items()]
-    (tmp_path / "code.py").write_text(TOGETHER.format(calls, str(two)))
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(tmp_path / "code.py")]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [
+        sys.executable,
+        "-c",
+        f"from test_maskgit import Path, train_together; train_together(Path({str(two)!r}))",
+    ]
+    finished = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert finished.returncode != 0 and "SIGKILL" in finished.stderr, finished.stderr
 
-    said = io.StringIO()
-    for script in PARALLEL:
-        name = script.__name__
-        with contextlib.redirect_stdout(said):
-            assert call(script, *scripts[name], tmp_path / name) == 0
+    for name, options in PARALLEL.items():
+        assert call(sys.modules[name], *options, tmp_path / name) == 0
         torch.testing.assert_close(saved_weights(two / name), saved_weights(tmp_path / name), rtol=0, atol=1e-4)
         for column in ("loss", "gradient_norm"):
             assert logged(two / name, column) == pytest.approx(logged(tmp_path / name, column), rel=1e-3)
     # Counted, since two writers may interleave.
-    assert finished.stdout.count("pictures:") == said.getvalue().count("pictures:") > 0
+    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
 
     found, rows = trained_by_figures()
     (first, its_rows), (second, other_rows) = (torch.load(two / f"rank{rank}") for rank in range(2))
@@ -2468,10 +2370,8 @@ def test_two_processes_agree_with_one_and_stop_together(tmp_path):
     torch.testing.assert_close(first, found, rtol=0, atol=1e-4)
 
     assert [path.name for path in (two / "killed").iterdir()] == ["model.pt"] and saved(two / "killed")["step"] == 4
-    (alone, _), (resumed, _) = (
-        trained(steps=8, lr=0.001, log_rows=1, **options) for options in ({}, {"out": two / "killed", "resume": True})
-    )
-    torch.testing.assert_close(resumed, alone, rtol=0, atol=1e-4)
+    resumed, _ = trained(out=two / "killed", resume=True, **EIGHT_STEPS)
+    torch.testing.assert_close(resumed, trained(**EIGHT_STEPS)[0], rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
