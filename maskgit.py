@@ -56,12 +56,12 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
 
     A run ends after max_iter iterations, or once the centroids' summed squared shift is at most `tol` times the mean
     variance of the dimensions. The best of `restarts` runs is returned; init (k, D) replaces the random start. A seed
-    repeats its result for the same number of threads, by which sums are rounded.
+    repeats its result for the same number of threads, on which the rounding of sums depends.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
         raise InputError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
-    if len(set(map(bytes, points + 0.0))) < k:  # -0.0 becomes 0.0
+    if len(set(map(bytes, points + 0.0))) < k:  # distinct points, as bytes; + 0.0 makes of -0.0 an equal 0.0
         raise InputError(f"{k} clusters asked for, but fewer of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
@@ -167,7 +167,8 @@ def image_patches(images, patch, stride):
     if min(height, width) < patch or (height - patch) % stride or (width - patch) % stride:
         raise InputError(f"images of {width}x{height} are not covered by patches of {patch} every {stride} pixels")
     windows = np.lib.stride_tricks.sliding_window_view(images, (patch, patch), axis=(1, 2))[:, ::stride, ::stride]
-    return windows.transpose(0, 1, 2, 4, 5, 3).reshape(b, *windows.shape[1:3], patch * patch * channels)
+    windows = windows.transpose(0, 1, 2, 4, 5, 3)  # from (B, h, w, C, patch, patch)
+    return windows.reshape(b, *windows.shape[1:3], patch * patch * channels)
 
 
 def stitch_patches(patches, patch, stride):
@@ -203,7 +204,7 @@ def position_encoding(coords, dim, layout="split"):
     the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
 
     layout="split" gives each axis all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula,
-    "printed", dimension i has 10000^(-i / dim) on both axes, so y has only those below 0.01: rows look alike.
+    "printed", dimension i has 10000^(-i / dim) whichever its axis, so y has only those below 0.01: rows look alike.
     """
     if dim % 4:
         raise InputError(f"position_encoding needs a dim divisible by 4, not {dim}")
@@ -222,7 +223,7 @@ def position_encoding(coords, dim, layout="split"):
 def rotary_angles(coords, dim):
     """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2). Then the
     product of a query and a key depends on the difference of their positions alone (Su et al., RoFormer, 2021). Half
-    of the pairs follow x, the others y, at frequencies from pi, half a turn per cell, to pi / 100^(1 - 4 / dim)."""
+    of the pairs follow x, the others y, at frequencies from half a turn per cell, pi, to pi / 100^(1 - 4 / dim)."""
     if dim % 4:
         raise InputError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
     pairs = dim // 4
@@ -246,7 +247,7 @@ def turn(x, angles):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, not causal: (B, T, D) -> (B, T, D); rotary by angles ([B,] 1, T, d / 2)."""
+    """Self-attention of heads of width d = D / heads, not causal: (B, T, D) -> (B, T, D); angles ([B,] 1, T, d / 2)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -257,9 +258,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x, angles=None):
-        b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, D / heads) each
+        b, t, dim = x.shape
+        qkv = self.qkv(x).view(b, t, 3, self.heads, dim // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, d) each
         if angles is not None:
             query = turn(query, angles)
             key = turn(key, angles)
@@ -268,7 +269,7 @@ class Attention(nn.Module):
             x = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         else:
             x = F.scaled_dot_product_attention(query, key, value)
-        return self.out(x.transpose(1, 2).reshape(b, t, d))
+        return self.out(x.transpose(1, 2).reshape(b, t, dim))
 
 
 class Block(nn.Module):
@@ -352,8 +353,8 @@ class MaskGIT(nn.Module):
 # ---------------------------------------------------------------------------------------------------
 # Masking
 
-# gamma(r): the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1, gamma(1) = 0. Takes
-# and returns floats or numpy arrays. R1 and R2 use the first three; the paper compares these with cubic, sqrt and exp.
+# gamma(r), of floats or arrays: the share of tokens that is hidden once the share r of the steps is done; gamma(0) = 1,
+# gamma(1) = 0. R1 and R2 use the first three. The paper has all but arccos; its log and exp depend on how many tokens.
 SCHEDULES = {
     "cosine": lambda r: np.cos(r * (math.pi / 2)),
     "linear": lambda r: 1 - r,
@@ -365,21 +366,20 @@ SCHEDULES = {
     "exp": lambda r: (math.e - np.exp(r)) / (math.e - 1),
 }
 
-# In floats 0.55 * 100 is 55.00000000000001, and rounded up 56: a product may miss the whole number that it is by this.
+# In floats 0.55 * 100 is 55.00000000000001, which rounds up to 56: before it is rounded a product may be off by this.
 ROUNDING = 1e-9
 
 
 def random_mask(shape, ratio, generator=None):
     """Hide exactly ceil(ratio * T) tokens of each row, at least 1: bool (B, T). ratio: one in [0, 1], or one a row."""
     rows, tokens = shape
-    ratio = torch.as_tensor(ratio, dtype=torch.float64).expand(rows)
+    ratio = torch.as_tensor(ratio, dtype=torch.float64)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise InputError("the share of hidden tokens must lie between 0 and 1")
-    count = (ratio * tokens - ROUNDING).ceil().long().clamp(min=1)
-    device = generator.device if generator is not None else "cpu"
+    count = (ratio.expand(rows) * tokens - ROUNDING).ceil().long().clamp(min=1)
     # argsort says which number comes at each rank, and argsort of that the rank of each number.
-    rank = torch.rand(rows, tokens, generator=generator, device=device).argsort(dim=1).argsort(dim=1)
-    return rank < count[:, None].to(device)
+    rank = torch.rand(rows, tokens, generator=generator).argsort(dim=1).argsort(dim=1)
+    return rank < count[:, None]
 
 
 def random_box(coords, generator=None):
@@ -391,7 +391,7 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle: (B, T). A line has two sides, a point all."""
+    """The tokens at coords (B, T, 2) beyond the middle on one of four sides, or two on a line: (B, T). A point is all."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
@@ -468,7 +468,7 @@ def categorical(state):
     cumulative = state.log_probs.exp().cumsum(dim=-1)  # (n, K)
     uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
-    return tokens.clamp(max=cumulative.shape[1] - 1)  # uniform may round to the whole
+    return tokens.clamp(max=cumulative.shape[1] - 1)  # the product may round to the whole sum
 
 
 SAMPLES = {"categorical": categorical, "argmax": lambda state: state.log_probs.argmax(dim=-1)}  # R1's is argmax
@@ -492,11 +492,11 @@ def at_random(state):
 
 
 def all_but_lowest(priority, row, left):
-    """All tokens but the `left` (B,) ones of lowest priority (n,) in each image; row (n,), ascending: bool (n,)."""
+    """Of n tokens in ascending rows (n,) all but the left (B,) of lowest priority (n,) in each row: bool (n,)."""
     ascending = priority.argsort(stable=True)
-    ascending = ascending[row[ascending].argsort(stable=True)]  # image by image
-    rank = ascending.argsort() - torch.searchsorted(row, row)  # less its image's first one: from 0 in each image
-    return rank >= left[row]
+    ascending = ascending[row[ascending].argsort(stable=True)]  # row by row
+    first = torch.searchsorted(row, row)  # where each token's row begins
+    return ascending.argsort() - first >= left[row]
 
 
 def by_entropy(state, budget=0.001):
@@ -529,7 +529,7 @@ def decode(
     tokens      (B, T) integers; what stands where mask is True is ignored.
     mask        (B, T) bool, True = hidden. All True generates from nothing.
     coords      (T, 2), or (B, T, 2).
-    steps       T: the most network calls; fewer for an order with its own pace, or once no token is hidden.
+    steps       the most network calls; fewer for an order with its own pace, or once no token is hidden.
     schedule    a name of SCHEDULES, or such a function: how many tokens are still hidden after each step.
     order       a name of ORDERS, or such a function: which tokens are committed next.
     sample      a name of SAMPLES ("categorical" is R2's, "argmax" R1's), or such a function: which token each becomes.
@@ -551,7 +551,7 @@ def decode(
         raise InputError("decode needs steps and stop_after of at least 1, and a temperature above 0")
     if getattr(model, "training", False):
         raise InputError("decode needs a model without dropout: call model.eval() first")
-    check_tokens(tokens.masked_fill(mask, 0), mask, model.mask_id)
+    check_tokens(tokens, mask, model.mask_id, visible_only=True)
     tokens = tokens.long().masked_fill(mask, model.mask_id)
     hidden = mask.clone()
     at_start = hidden.sum(dim=1).tolist()  # B numbers
@@ -585,7 +585,7 @@ def decode(
             )
         if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
             raise InputError(f"a sample is none of the codes 0 .. {model.mask_id - 1}")
-        if choice.dtype == torch.bool:  # the order's own pace, but at least the most certain token of each image
+        if choice.dtype == torch.bool:  # the order's own pace; where it chose none of an image, the most certain one
             chosen = torch.zeros_like(had).index_add(0, row, choice.long())
             left = (had - chosen.clamp(min=1)) * (t < last_step)
             choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
@@ -597,11 +597,12 @@ def decode(
     return tokens
 
 
-def check_tokens(tokens, mask, codes):
+def check_tokens(tokens, mask, codes, visible_only=False):
     if tokens.shape != mask.shape or mask.dtype != torch.bool:
         raise InputError(f"tokens {tuple(tokens.shape)} and mask {tuple(mask.shape)} must agree, the mask as bool")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise InputError(f"tokens are integers, not {tokens.dtype}")
+    tokens = tokens[~mask] if visible_only else tokens
     tokens = tokens.long()  # beside uint8 the number 1024 would wrap round to 0
     if bool(((tokens < 0) | (tokens >= codes)).any()):
         raise InputError(f"the tokens are {int(tokens.min())} .. {int(tokens.max())}, the codes 0 .. {codes - 1}")
@@ -629,14 +630,13 @@ def check_settings(settings):
         low, below = allowed["low"], allowed["below"]
         for number in value if kind is tuple else [value]:
             if not (low is None or number >= low) or not (below is None or number < below):
-                raise InputError(
-                    f"{each.name} is {value}; it must be at least {low}" + f" and below {below}" * bool(below)
-                )
+                span = f"at least {low}" if below is None else f"at least {low} and below {below}"
+                raise InputError(f"{each.name} is {value}; it must be {span}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: with the model and its batches all that decides the weights in the end."""
+    """How to train: together with the model and its batches, all that decides the weights at the end."""
 
     steps: int = setting(1000, "updates of the weights", low=1)
     seed: int = setting(0, "of the first weights, batches and dropout", low=0, below=2**63)
@@ -674,14 +674,14 @@ def precision_context(device, precision):
 
 
 CHECKPOINT_SECONDS = 120  # between two checkpoints
-DROPOUT = 500  # parts the seeds of dropout from those of batches
+DROPOUT = 500  # the part of step_seed that dropout begins at; batches have part 0
 
 
 def train(
     model, batch, recipe, *, out=None, resume=False, force=False, validate=None, best_by=None, tokenizer=None,
     extra=None,
 ):  # fmt: skip
-    """Train `model`, where it is, to predict the hidden tokens of `batch(step)`; returns the rows of log.csv.
+    """Train `model` in place, on its device, to predict the hidden tokens of batch(step); returns the rows of log.csv.
 
     batch(step) gives tokens (B, T), mask (B, T) and coords (T, 2) or (B, T, 2): the whole batch, as a pure function of
     the step, so that a resumed run ends with the same weights as one that never stopped. Started by torchrun, each
@@ -763,11 +763,6 @@ def train(
     return result[0]
 
 
-def plain(value):
-    """Numbers and strings, also in dicts and lists, as a checkpoint can hold them: those of numpy become Python's."""
-    return json.loads(json.dumps(value, default=lambda number: number.item()))
-
-
 def process_rank():
     """(rank, number of processes) of the group there is, or as torchrun says; (0, 1) without either."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -821,7 +816,7 @@ def backward(network, inputs, targets, counted, coords, accumulate):
 
 
 def update(model, optimizers, recipe, step):
-    """Update the weights by the gradients at hand: the learning rate, and the gradient's norm before it was clipped."""
+    """Update the weights by their gradients; returns the learning rate, and the gradient's norm before clipping."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     rate = learning_rate(step, recipe)
     for optimizer in optimizers:
@@ -834,7 +829,7 @@ def update(model, optimizers, recipe, step):
 
 
 class WithoutBf16(TorchFunctionMode):
-    """Tensor.bfloat16() only copies: Muon multiplies in bf16 in any training, and a processor without it is slow."""
+    """Here Tensor.bfloat16() only copies: Muon calls it in any training, and processors without bf16 are slow at it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
@@ -919,6 +914,11 @@ def whole_file(path):
         partial.unlink(missing_ok=True)
 
 
+def plain(value):
+    """Numbers and strings, also in dicts and lists, as a checkpoint can hold them: those of numpy become Python's."""
+    return json.loads(json.dumps(value, default=lambda number: number.item()))
+
+
 def save_checkpoint(path, model, *, tokenizer=None, extra=None, config=None, step=0, training=None):
     """Write model.pt, whole or not at all; InputError if extra has more than tensors."""
     model = getattr(model, "_orig_mod", model)  # out of the wrapper of torch.compile
@@ -951,7 +951,7 @@ def load_checkpoint(path, device="cpu"):
         tokenizer = saved.get("tokenizer")
         if tokenizer:
             tokenizer = PatchTokenizer(tokenizer["centroids"].numpy(), tokenizer["patch"], tokenizer["stride"])
-        rest = {name: saved[name] for name in ("config", "step", "training")} | {"extra": saved.get("extra")}
+        rest = {name: saved[name] for name in ("config", "step", "training", "extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise InputError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
     return dict(model=model.to(device), tokenizer=tokenizer, **rest)
@@ -990,7 +990,7 @@ class Experiment(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
-        training_mask((0, 1), self.mask, coords=torch.zeros(1, 2))  # of no rows: InputError now if it is none
+        training_mask((0, 1), self.mask, coords=torch.zeros(1, 2))  # of no rows: InputError at once if it is none
 
     def new_model(self, codes, device):
         torch.manual_seed(self.seed)
@@ -1148,7 +1148,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
-    """A PIL image of images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns` with titles above them."""
+    """A PIL image of images (B, H, W, C), float in [0, 1], C 1 or 3, in columns, each with its title above it."""
     pixels = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
@@ -1181,7 +1181,7 @@ def line_plot(curves, *, title, x_label, y_label, references=None, log_y=False):
     for label, line in lines.items():
         lines[label] = [(x, y) for x, y in line if (0 if log_y else -math.inf) < y < math.inf]
     x_at, x_ticks = axis(xs, left, right)
-    y_at, y_ticks = axis([y for line in lines.values() for _, y in line], bottom - 24, top, log_y)
+    y_at, y_ticks = axis([y for line in lines.values() for _, y in line], bottom - 24, top, log_y)  # not on the x axis
     sheet = Image.new("RGB", (1800, 1100), "white")
     pen = ImageDraw.Draw(sheet)
     for tick in x_ticks:
