@@ -391,7 +391,7 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) beyond the middle on one of four sides, or two on a line: (B, T). A point is all."""
+    """The tokens at coords (B, T, 2) on one of four sides of the middle, or of a line's two; a point is all: (B, T)."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2

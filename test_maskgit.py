@@ -4,16 +4,15 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
-import contextlib
 import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -617,8 +616,8 @@ REFUSED = [
     ("at least 1", lambda: decode_ragged(steps=0)),
     ("above 0", lambda: decode_ragged(temperature=0.0)),
     ("must agree", lambda: decode_ragged(mask=torch.zeros(6, 1, dtype=torch.bool))),
-    ("tokens are 0 .. 5, the codes 0 .. 4", lambda: decode_ragged(tokens=torch.full((6, 16), 5))),
-    ("tokens are -1 .. 0", lambda: decode_ragged(tokens=torch.full((6, 16), -1))),
+    ("tokens are 5 .. 5, the codes 0 .. 4", lambda: decode_ragged(tokens=torch.full((6, 16), 5))),
+    ("tokens are -1 .. -1", lambda: decode_ragged(tokens=torch.full((6, 16), -1))),
     ("integers, not torch.float32", lambda: decode_ragged(tokens=torch.zeros(6, 16))),
     (r"logits are \(5, 16, 6\)", lambda: decode_ragged(ONE_TOO_MANY)),
     (r"model\.eval\(\)", lambda: decode_ragged(tiny_model().train())),
@@ -1121,72 +1120,6 @@ def test_inputs_that_show_the_same_count_as_often_as_there_are():
         assert said in refusal(train_squares.judge_followed, *start, order=order)
 
 
-def test_samplers_of_the_literature_by_hand():
-    # Entropies of 0.673, 0.0079, 0.611, 0.0010 and 0.500 nats.
-    probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
-    expected = {"each_below": [[0, 1, 3], [2], [4]], "entropy_bounded": [[1, 3, 4], [2], [0]]}
-    expected |= {"margin": [[3], [1], [4], [2], [0]], "threshold": [[1, 3], [4], [2], [0]]}
-    expected |= {"klass": [[3], [1], [4], [2], [0]]}  # at first nothing is known to be stable
-    assert {name: committed_first(getattr(samplers, name), probabilities) for name in expected} == expected
-    lower = functools.partial(samplers.threshold, probability=0.75)
-    assert committed_first(lower, probabilities) == [[1, 3, 4], [2], [0]]
-    orders = samplers.by_halton, samplers.rolled_halton
-    halton, rolled = (committed_first(order, [[0.5, 0.5]] * 9) for order in orders)
-    assert rolled != halton and rolled in [halton[start:] + halton[:start] for start in range(9)]
-    trace = []
-    a, b = (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))
-    decode_from_nothing([[0.9, 0.1], [0.5, 0.5]], 20000, order=samplers.moment, steps=2, trace=trace)
-    assert (~trace[0][1]).float().mean(dim=0).tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=0.015)
-    tokenizer = train_rectangles.fit_tokenizer(0)
-    images = train_rectangles.paint_rectangles
-    tokens = tokenizer.encode(images(train_rectangles.draw_rectangles(6, 1))).reshape(6, 169)
-    broken = tokens.copy()
-    broken[:, 80] = (broken[:, 80] + 1) % 20
-    assert samplers.explained(tokens, tokenizer).mean() > 0.8 and not samplers.explained(broken, tokenizer, 300).any()
-
-
-def test_the_mean_of_eight_turns_turns_with_the_image():
-    """Of a model that does not, and that of one image is the mean of eight answers."""
-    model = tiny_model(codes=2).eval()
-    coords = grid_coords(4, 4)
-    tokens = torch.randint(3, (5, 4, 4), generator=torch.Generator().manual_seed(0))
-    turns = [turned.rot90(k, (1, 2)) for k in range(4) for turned in (tokens, tokens.transpose(1, 2))]
-    with torch.no_grad():
-        answers = [samplers.TurnedModel(model)(turned.flatten(1), coords).view(5, 4, 4, 2) for turned in turns]
-        single = [model(turned.flatten(1), coords).softmax(dim=-1).view(5, 4, 4, 2) for turned in turns]
-    for k in range(4):
-        torch.testing.assert_close(answers[2 * k].rot90(-k, (1, 2)), answers[0])
-        torch.testing.assert_close(answers[2 * k + 1].rot90(-k, (1, 2)).transpose(1, 2), answers[0])
-    back = [each.rot90(-(i // 2), (1, 2)) for i, each in enumerate(single)]
-    mean = sum(each.transpose(1, 2) if i % 2 else each for i, each in enumerate(back)) / 8
-    torch.testing.assert_close(answers[0].exp(), mean)
-    assert not torch.allclose(back[2], back[0])
-
-
-def test_curve_is_the_mean_of_the_runs_of_a_length(tmp_path, capsys):
-    for i, (steps, kl) in enumerate([(10, 0.4), (10, 0.2), (20, 0.1)]):
-        record = dict(settings=dict(steps=steps, batch_size=5), rows=[dict(kl=kl)])
-        (tmp_path / f"{i}.json").write_text(json.dumps(record))
-    files = sorted(tmp_path.glob("*.json"))
-    assert call(curve, *files, "--figure", "rows.0.kl", "--out", tmp_path / "curve.png") == 0
-    table = capsys.readouterr().out.split("\n")[1:3]
-    assert [line.split() for line in table] == [["50", "2", "0.3000"], ["100", "1", "0.1000"]]
-    Image.open(tmp_path / "curve.png").verify()
-    for name in ("rows.1.kl", "rows.0", "rows.0.k1", "rows.kl"):
-        assert call(curve, *files, "--figure", name, "--out", tmp_path / "none.png") == 2
-        assert re.fullmatch(f"error: .*0.json has no figure '{name}'.*\n", capsys.readouterr().err)
-    assert not (tmp_path / "none.png").exists()
-
-
-def test_halton_visits_the_quarters_in_turn():
-    coords = grid_coords(8, 8)
-    options = {"coords": coords, "steps": 64, "schedule": "linear"}
-    visited = [token for (token,) in committed_first(samplers.by_halton, [[0.5, 0.5]] * 64, **options)]
-    assert sorted(visited) == list(range(64))
-    # By hand: radical inverses (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9) of a 7 x 7 box.
-    assert coords[visited[:4]].tolist() in ([[0, 0], [x, 2], [2, 5], [5, 1]] for x in (3, 4))
-
-
 def test_presets_carry_the_sources_numbers(monkeypatch):
     one = dict(dim=768, hidden=3072, layers=6, heads=8, dropout=0.1, norm="post", head="cosine", positions="printed")
     one |= dict(batch_size=126, steps=300)
@@ -1195,25 +1128,6 @@ def test_presets_carry_the_sources_numbers(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train_squares.py", "--preset", *flags.split()])
         settings = asdict(train_squares.parse_arguments()[1])
         assert numbers == {name: settings[name] for name in numbers}
-
-
-@beside_the_others
-def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
-    """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
-    monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 16)
-    monkeypatch.setattr(ablation, "TEST_COUNT", 16)
-    variants = ablation.variants()
-    changed = {name: sum(ablation.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()}
-    assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
-    assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
-    white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
-    difference = torch.linspace(-2, 2, 401)[:, None]
-    best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
-    assert ablation.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
-    monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, layers=1, batch_size=9))
-    assert call(ablation, "--steps", 2, "--json", tmp_path / "found.json") == 0
-    runs = json.loads((tmp_path / "found.json").read_text())["runs"]
-    assert len(runs) == 3 * 9 and Image.open(tmp_path / "found.png").size == (900, 550)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1233,19 +1147,6 @@ def test_rectangles_are_uniform_corners_with_room_between():
         # The distance of two uniform numbers in [0, 16], if it is at least 2, has the mean below.
         assert sides.mean() == pytest.approx(2 + 14 / 3, abs=0.15)
         assert (rectangles * 16 == np.rint(rectangles * 16)).all() == (task == "grid")
-
-
-def test_point_samplings():
-    rng = np.random.default_rng(0)
-    rectangles = train_rectangles.draw_rectangles(300, rng, "sparse")
-    draws = [remedies.points_without(wrong) for wrong in (remedies.off_edges, remedies.on_corners)]
-    edges, cornerless = (draw("sparse", rectangles, 8, rng) for draw in draws)
-    mixed = np.abs(train_rectangles.coverage(rectangles, edges).mean(axis=-1) - 0.5) < 0.5  # neither 0 nor 1
-    assert mixed[:, ::2].mean() > 0.99 and mixed[:, 1::2].mean() < 0.7
-    for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
-        for (x, y), corner_x, corner_y in itertools.product(points, (x0, x1), (y0, y1)):
-            assert not (x < corner_x < x + 4 and y < corner_y < y + 4)
-    assert np.minimum(edges, cornerless).min() >= 0 and np.maximum(edges, cornerless).max() <= 12
 
 
 def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsampled_pixels():
@@ -1280,19 +1181,6 @@ def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_gr
     assert (tokenizer.nearest(train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)) == grid).all()
     chosen = np.tile([[3.0, 0.0], [12.0, 7.0]], (50, 1, 1))
     assert (tokenizer.nearest(train_rectangles.coverage(rectangles, chosen)) == grid[:, [3, 7 * 13 + 12]]).all()
-
-
-def test_soft_targets_weigh_codes_by_distance():
-    centroids = np.array([0.0, 0.3, 2.0])
-    weights = np.exp(-(((centroids[:, None] - centroids) / 0.5) ** 2))
-    targets = remedies.soft_targets(PatchTokenizer(centroids[:, None], patch=1), 0.5)
-    np.testing.assert_allclose(targets, weights / weights.sum(axis=1, keepdims=True), atol=1e-6)
-    logits = torch.randn(2, 4, 3, generator=seeded())
-    tokens = torch.randint(3, (2, 4), generator=seeded())
-    mask = random_mask((2, 4), 0.5, seeded())
-    loss = remedies.soft_cross_entropy(targets)(logits, tokens, mask, count=7)
-    by_hand = -sum(targets[tokens[b, t]] @ logits[b, t].log_softmax(dim=-1) for b, t in mask.nonzero().tolist()) / 7
-    torch.testing.assert_close(loss, by_hand)
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
@@ -1484,47 +1372,6 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
     assert 0 < saved(killed)["step"] < 20
     assert call(train_rectangles, *arguments, killed, "--resume") == 0
     assert torch.equal(saved_weights(killed), saved_weights(once))
-
-
-@beside_the_others
-def test_comparisons_on_a_small_scale(tmp_path, monkeypatch):
-    """Of orders, those of a file among them, on both fields; and of S2's remedies."""
-    assert call(train_squares, *TINY, "--steps", 6, "--out", tmp_path / "squares") == 0
-    assert call(train_rectangles, *SMALL, "--out", tmp_path / "grid") == 0
-    monkeypatch.setattr(samplers, "ORDERS", {name: samplers.ORDERS[name] for name in ("entropy", "random")})
-    monkeypatch.setattr(samplers, "SQUARES_STEPS", (2, 4, 8))
-    monkeypatch.setattr(samplers, "GRID_STEPS", (2, 4))
-    monkeypatch.setattr(samplers, "GRID_DRAWS", 4)
-    monkeypatch.setattr(samplers, "explained", functools.partial(samplers.explained, proposals=20))
-    make_test = train_rectangles.make_test
-    monkeypatch.setattr(
-        train_rectangles, "make_test", lambda *given, **more: make_test(*given, **more | {"proposals": 10})
-    )
-    (tmp_path / "mine.py").write_text("ORDERS = {'mine': {'a': lambda state: state.log_probs[:, 0]}}\nEXACT = {'mine'}")
-    for options, steps in ((["--out", tmp_path / "squares"], 3), (["--grid", "--out", tmp_path / "grid"], 2)):
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            assert call(samplers, tmp_path / "mine.py", *options, "--json", tmp_path / "found.json") == 0
-        assert "mine" in said.getvalue()
-        figures = json.loads((tmp_path / "found.json").read_text())
-        rows = figures["rows"] if "--grid" in options else figures["completions"]
-        combinations = {(row.get("given", row.get("hidden")), row["order"], row["setting"]) for row in rows}
-        others = 2 if "--grid" in options else 1  # draws from the posterior of both inputs, or eight turns
-        assert len(rows) == len(combinations) == 2 * (5 + steps + 1) + others
-        assert "--grid" in options or all("kl" in row["model"] for row in rows if row["order"] != "random")
-    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
-
-    monkeypatch.setattr(train_rectangles, "SPARSE", train_rectangles.SPARSE | dict(dim=16, batch_size=8, layers=1))
-    monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
-    tokenizer = maskgit.load_checkpoint(tmp_path / "grid" / "model.pt")["tokenizer"]
-    monkeypatch.setattr(train_rectangles, "fit_tokenizer", lambda seed: tokenizer)
-    small = ["--steps", 2, "--test-images", 8, "--proposals", 10]
-    assert call(remedies, *small, "--json", tmp_path / "remedies.json") == 0
-    runs = json.loads((tmp_path / "remedies.json").read_text())["runs"]
-    assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
-    assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
-    for name in ("found.png", "remedies.png"):
-        Image.open(tmp_path / name).verify()
 
 
 @pytest.mark.parametrize(
@@ -1904,25 +1751,6 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
         assert "likeliest, T=1" in capsys.readouterr().out
     assert call(inpaint, *options, twice, "--resume", "--dim", 32) == 2
     assert "trained with dim=16, not 32" in capsys.readouterr().err
-    twice.rename(tmp_path / "moved" / "run")
-    judged = ["--checkpoint", tmp_path / "moved" / "run" / "model.pt", "--ways", "likeliest", "--holes", "box"]
-    judged += ["--pictures", 8, "--observer-steps", 1, "--json", tmp_path / "found.json"]
-    assert call(filling, *judged) == 2 and "trained on other pictures" in capsys.readouterr().err
-    assert call(filling, *judged, "--data", tmp_path / "moved") == 0
-
-
-def test_ways_to_fill_are_judged(inpaint_run, tmp_path):
-    """By error and by realism; the true tokens are the best by both."""
-    options = ["--holes", "box", "--pictures", 16, "--observer-steps", 9, "--json", tmp_path / "found.json"]
-    assert call(filling, "--checkpoint", inpaint_run / "model.pt", "--ways", "likeliest", "reports", *options) == 0
-    figures = json.loads((tmp_path / "found.json").read_text())
-    rows = {row["way"]: row for row in figures["rows"]}
-    studied = [f"reports {schedule}, T={t}" for schedule in ("linear", "cosine", "square") for t in (1, 4, 8, 10, 20)]
-    assert [*rows] == ["true tokens", "likeliest", *studied] and figures["scored"] == 16
-    assert Image.open(tmp_path / "found.png").size[0] > 8 * 128
-    for name, sign in {"psnr": -1, "ssim": -1, "frechet": 1}.items():
-        limit, *others = (sign * row[name] for row in rows.values())
-        assert limit < min(others)
 
 
 @beside_the_others
@@ -2687,86 +2515,15 @@ def test_errors_of_fid_as_a_program(two_folders, inception_weights, monkeypatch,
 
 
 # ---------------------------------------------------------------------------------------------------
-# benchmarks/reproduce.py, and the README
-
-
-TOY = """
-import sys
-from pathlib import Path
-from maskgit import run_record, write_figures
-write_figures(run_record(), {}, {"figure": 0.5}, Path(sys.argv[2]))
-"""
-AGAIN = """
-from pathlib import Path
-Path("results").mkdir()
-Path("results/a.json").write_text('{"figure": 0.5}')
-"""
-
-
-def test_figures_made_again(tmp_path, monkeypatch, capfd):
-    """In a copy of the project in "a folder": the same figure or another, by a script that has changed."""
-    tmp_path /= "a folder"
-    tmp_path.mkdir()
-    shutil.copy(HERE / "maskgit.py", tmp_path)
-    script = tmp_path / "toy.py"
-    script.write_text(TOY)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setenv("ATEN_CPU_CAPABILITY", "default")
-        subprocess.run([sys.executable, "toy.py", "--json", "results/a.json"], cwd=tmp_path, check=True)
-    record = json.loads((tmp_path / "results" / "a.json").read_text())
-    command = "ATEN_CPU_CAPABILITY=default python toy.py --json results/a.json"
-    assert record["command"] == command and 0 <= record["minutes"] < 1
-    assert record["code"].keys() == {"maskgit.py", "toy.py"}
-    assert call(reproduce, "--list") == 0 and capfd.readouterr().out.endswith(f"min; changed: \n  {command}\n")
-    script.write_text(AGAIN)
-    assert call(reproduce, "a") == 0 and "TOO FAR" not in capfd.readouterr().out
-    script.write_text(AGAIN.replace("0.5", "0.6"))
-    assert call(reproduce, "a") == "1 figures are too far off"
-    assert re.search("1 figures.*\na figure +0.5 +0.6 +0.05 +TOO FAR", capfd.readouterr().out)
-    assert call(reproduce, "--list") == 0
-    assert capfd.readouterr().out.endswith(f"min; changed: toy.py \n  {command}\n")
-    for wrong in (["b"], [], ["--list", "a"]):
-        assert call(reproduce, *wrong) == 2
-        assert capfd.readouterr().err == "error: either --list, or some of a (see --help)\n"
-
-
-def test_what_seeds_explain(capsys):
-    """Twice the range of JSONs, or rows, that differ by the seed alone; else a tenth; nothing one missing."""
-
-    def record(seed, figure, *rows, other="a.py"):
-        rows = [{"name": "x", "seed": i, "psnr": psnr} for i, psnr in enumerate(rows)]
-        return {
-            "command": f"python {other} --seed {seed} --json {seed}.json",
-            "settings": {"n": seed},
-            "kl": figure,
-            "rows": rows,
-        }
-
-    stored = record(0, 1.0, 10.0, 20.0)
-    others = {"a": stored, "b": record(1, 1.2), "c": record(2, 7.0, other="b.py")}
-    for again, too_far in [
-        (record(0, 1.39, 10.0, 20.0), 0),
-        (record(0, 1.41, 10.0, 20.0), 1),
-        (record(0, 1.0, 34.0, 34.0), 0),
-        (record(0, 1.0, 36.0, 36.0), 1),
-        (record(0, 1.0, 10.0), 1),
-        (record(0, 1.41, 20.0, 10.0) | {"tv": 1}, 2),
-    ]:
-        assert reproduce.compare("a", others, again) == too_far
-        assert capsys.readouterr().out.count("TOO FAR") == too_far
-    for name, figure, too_far in (("a", 1.09, 0), ("a", 1.11, 1), ("speed", 1.11, 0)):
-        assert reproduce.compare(name, {name: stored}, record(0, figure, 10.0, 20.0)) == too_far
+# The README
 
 
 def readme_examples():
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@beside_the_others
 def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
-    """One after the other, word for word but for the steps, on a copy that ends before the scripts' part; it saves and
-    resumes."""
+    """Word for word but for the steps, on a copy that ends before the scripts' part; it saves and resumes."""
     examples = readme_examples()
     assert len(examples) == 3 and len(examples[2].splitlines()) < 10
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
@@ -2779,114 +2536,6 @@ def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
-
-
-def test_readmes_own_order_joins_the_table(tmp_path, monkeypatch, capsys):
-    readme = (HERE / "README.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    Path("margin.py").write_text(readme_examples()[2])
-    assert call(train_squares, *TINY, "--steps", "2") == 0
-    monkeypatch.setattr(samplers, "ORDERS", {"entropy": samplers.ORDERS["entropy"]})
-    capsys.readouterr()
-    command = re.search(r"python benchmarks/samplers.py (margin.py)", readme)[1]
-    assert call(samplers, *command.split()) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["margin"] * 5 + ["entropy,"]
-    # 16 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
-    assert re.search(r"64 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-3])
-
-
-def test_files_without_orders_are_refused(tmp_path, capsys):
-    wrong = {"text": "in the way", "none": "A = 1", "claim": "ORDERS = {}\nEXACT = {'mine'}"}
-    for name, text in wrong.items():
-        (tmp_path / name).write_text(text)
-        assert call(samplers, tmp_path / name) == 2
-        assert re.fullmatch(f"error: .*{name} gives no dict ORDERS.*\n", capsys.readouterr().err)
-
-
-def result(name):
-    return json.loads((HERE / "results" / f"{name}.json").read_text())
-
-
-def test_each_json_is_what_its_command_writes():
-    for file in (HERE / "results").glob("*.json"):
-        record = result(file.stem)
-        command = record["command"]
-        assert f" --json results/{file.name}" in command and "--force" not in command
-        script = command.split("python ")[1].split()[0]
-        assert record["minutes"] > 0 and {"maskgit.py", script} <= record["code"].keys()
-
-
-@beside_the_others
-def test_the_squares_that_come_along():
-    """They are the default run's, of which squares.json is, and near the posterior."""
-    path = HERE / "results" / "squares.pt"
-    figures = result("squares")
-    assert figures["weights_sha256"] == maskgit.file_digest(path) and path.stat().st_size < 1_000_000
-    checkpoint = maskgit.load_checkpoint(path)
-    assert checkpoint["training"] is None
-    prior = train_squares.all_squares(8, 2, 5)
-    kl = train_squares.score(checkpoint["model"], prior, "cosine", 1024, seed=7)["kl"]
-    assert 0.7 < kl / figures["tasks"]["cosine"]["kl"] < 1.4
-
-
-def test_figures_of_the_readme():
-    """Each sentence and row as its JSONs give it."""
-    readme = " ".join((HERE / "README.md").read_text().split())
-    squares = [result(name) for name in ("squares", "squares_seed1", "squares_seed2", "squares_seed3", "squares_seed4")]
-    slow, longer = result("squares_avx2"), result("squares_3000")
-    times = [sum(run["seconds"].values()) / 60 for run in (squares[0], slow)]
-    said = [f"toy in {times[0]:.1f} minutes on two CPU cores with bf16, in {times[1]:.1f} on two older ones without"]
-    for words, task in (("a random share", "cosine"), ("one", "single")):
-        row = squares[0]["tasks"][task]
-        accuracies = f"{100 * row['accuracy']:.2f} % ({100 * row['posterior_accuracy']:.2f} %)"
-        said.append(f"| {words} | {row['cross_entropy']:.4f} ({row['limit']:.4f}) | {accuracies} |")
-    kl = [run["tasks"]["cosine"]["kl"] for run in squares]
-    said.append(f"at {min(kl):.4f} to {max(kl):.4f} nats per hidden pixel (five seeds)")
-    entropy, paper = ([run["completions"][i]["model"] for run in squares] for i in (0, -1))
-    for rows, words in ((paper, "% of its images are squares"), (entropy, "% are, after")):
-        valid = [100 * row["valid"] for row in rows]
-        said.append(f"{min(valid):.1f} to {max(valid):.1f} {words}")
-    calls = [row["calls"] for row in entropy]
-    said.append(f"after {min(calls):.1f} to {max(calls):.1f} calls")
-    variation = [row["total_variation"] for row in entropy]
-    said.append(f"from that is {min(variation):.2f} to {max(variation):.2f}")
-    variation = longer["completions"][0]["model"]["total_variation"]
-    said.append(f"twice the time, it is {variation:.2f}, and the KL {longer['tasks']['cosine']['kl']:.4f}")
-    sparse = [
-        result(name)["scores"] for name in ("rectangles_sparse", "rectangles_sparse_seed1", "rectangles_sparse_seed2")
-    ]
-    for words, kind in (("6", "6 points"), ("24, as in training", "unseen rectangles"), ("96", "96 points")):
-        row = sparse[0][kind]
-        ratios = ", ".join(f"{scores[kind]['ratio']:.3f}" for scores in sparse)
-        accuracies = f"{100 * row['accuracy']:.2f} % ({100 * row['posterior_accuracy']:.2f} %)"
-        cells = [
-            f"{row['cross_entropy']:.3f} ({row['limit']:.3f})",
-            ratios,
-            accuracies,
-            f"{100 * row['commonest']:.0f} %",
-        ]
-        said.append(f"| {words} | {' | '.join(cells)} |")
-    ways = {
-        "the model alone": "as decoded, without evidence",
-        "with evidence: the visible pixels of tokens half in the hole": "as decoded",
-        "and painted": "as set",
-        "the expected picture, painted": "expected",
-        "the true tokens, painted: the limit": "true tokens",
-    }
-    runs = [result(name)["rows"] for name in ("inpaint", "inpaint_cats64")]
-    for words, way in ways.items():
-        rows = [[(row["psnr"], row["ssim"]) for row in run if row["name"] == way] for run in runs]
-        cells = ("{:.1f} | {:.3f}".format(*np.mean(row, axis=0)) for row in rows)
-        said.append(f"| {words} | {' | '.join(cells)} |")
-    rows = [result(name)["rows"] for name in ("opencv_cats", "opencv_cats64")]
-    strokes = [next(row for row in run if row["way"] == "OpenCV, Navier-Stokes") for run in rows]
-    said.append("Stokes | " + " | ".join(f"{row['psnr']:.1f} | {row['ssim']:.3f}" for row in strokes) + " |")
-    minutes = sum(result("inpaint")["seconds"].values()) / 60
-    said.append(f"after {minutes:.0f} minutes on one core with bf16")
-    few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
-    said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
-    assert [each for each in said if each not in readme] == []
 
 
 FLAGS = {

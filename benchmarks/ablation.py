@@ -5,7 +5,6 @@
 S1's block, head and positions at a width that a CPU manages. A plot is written beside the figures.
 """
 
-import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maskgit
 import train_squares
+from benchmarks.pictures import save_curves
 from train_squares import TEST_COUNT, TEST_SEED
 
 # The size and budget of all variants. An epoch of S1, each image once, is one update.
@@ -30,10 +30,12 @@ REPAIRS = {
 
 
 def variants():
-    """{name: settings}: S1's recipe, each repair alone, all of them, and all but one."""
-    every = functools.reduce(dict.__or__, (repair for name, repair in REPAIRS.items() if name != "linear head"))
+    """{name: settings}: S1's recipe, each repair alone, all of them but the linear head, which has no temperature to
+    learn, and all but one more."""
+    together = [name for name in REPAIRS if name != "linear head"]
+    every = dict(setting for name in together for setting in REPAIRS[name].items())
     found = {"S1": {}} | {f"S1 + {name}": repair for name, repair in REPAIRS.items()} | {"all repairs": every}
-    for name in ("temperature", "positions", "pre-norm, warm-up"):
+    for name in together:
         found[f"all but {name}"] = {key: value for key, value in every.items() if key not in REPAIRS[name]}
     return found
 
@@ -60,23 +62,25 @@ def main():
     curves = {}
     table = []
     for name, repair in variants().items():
+        runs = []
         for seed in range(3):
             model, history = train_squares.train_model(replace(recipe, **repair, seed=seed), prior, device)
             result = train_squares.score(model, prior, "cosine", TEST_COUNT, TEST_SEED)
             curve = [row["cross_entropy"] for row in history]
-            rows.append({"variant": name, "seed": seed, **result, "curve": curve})
+            runs.append({"variant": name, "seed": seed, **result, "curve": curve})
             print(f"{name}, seed {seed}: {result['cross_entropy']:.4f}", flush=True)
+        rows += runs
         steps = [row["step"] for row in history]
-        found = [row["cross_entropy"] for row in rows[-3:]]
-        curves[name] = (steps, np.mean([row["curve"] for row in rows[-3:]], axis=0))
+        found = [run["cross_entropy"] for run in runs]
+        curves[name] = (steps, np.mean([run["curve"] for run in runs], axis=0))
         table.append([name, *(f"{value:.4f}" for value in (np.mean(found), min(found), max(found)))])
     limit = cosine_head_limit(prior, "cosine", TEST_COUNT)
     references = {"cosine head's best": limit, "exact posterior": rows[0]["limit"]}
     figures = {"logged_steps": steps, "references": references, "runs": rows}
     maskgit.write_figures(record, vars(arguments), figures, arguments.json)
-    labels = {"title": "S1's recipe and its repairs, mean of three seeds", "x_label": "updates"}
-    labels["y_label"] = "cross-entropy on unseen masks, nats per hidden pixel"
-    maskgit.line_plot(curves, **labels, references=references, log_y=True).save(arguments.json.with_suffix(".png"))
+    plots = {"S1's recipe and its repairs, mean of three seeds": curves}
+    labels = {"x_label": "updates", "y_label": "cross-entropy on unseen masks, nats per hidden pixel"}
+    save_curves(arguments.json.with_suffix(".png"), plots, **labels, references=references, log_y=True)
     maskgit.print_table(["variant", "cross-entropy", "lowest", "highest"], table)
 
 

@@ -120,10 +120,10 @@ def few_images(features, counts):
     rows = []
     for count in counts:
         x, y = (f[:count] for f in features)
+        covariances = [(np.mean(f, axis=0), np.cov(f, rowvar=False)) for f in (x, y)]
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             try:
-                covariances = [(np.mean(f, axis=0), np.cov(f, rowvar=False)) for f in (x, y)]
                 their_fid = float(theirs.calculate_frechet_distance(*covariances[0], *covariances[1]))
             except ValueError as error:
                 their_fid = str(error)

@@ -27,7 +27,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
-from maskgit import CommandLine, at_least, named, pick_device, print_table, run_as_script, run_record, write_figures
+from maskgit import (
+    CommandLine,
+    InputError,
+    at_least,
+    pick_device,
+    print_table,
+    run_as_script,
+    run_record,
+    write_figures,
+)
 
 REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False}
 AS_DECODED = ("neither", "reports")  # ways without the painter
@@ -92,11 +101,21 @@ def features_of(pictures, observer, prepare, device):
     return np.concatenate([observer(part).cpu().numpy() for part in parts])
 
 
+def paint_reports(checkpoint, image, hole):
+    """Eight steps of the reports' way to fill a picture (1, S, S, 3), a row for each of their schedules."""
+    rows = []
+    for schedule in STUDY[0]:
+        filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8, schedule=schedule)
+        trace = inpaint.trace_pictures(checkpoint | {"painter": None}, image, hole, filling)
+        rows.append(trace + trace[-1:] * (8 - len(trace)))  # a small hole takes fewer steps
+    return inpaint.sheet(np.array(rows), [f"step {t}" for t in range(1, 9)])
+
+
 def main():
     record = run_record()
     parser = CommandLine(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=named, help="the folder it was trained on; if it is not given, cartoon cats")
+    parser.add_argument("--data", type=Path, help="the folder it was trained on; if it is not given, cartoon cats")
     parser.add_argument("--part", choices=("validation", "test"), default="test")
     parser.add_argument("--holes", nargs="+", choices=inpaint.HOLES, default=[*inpaint.HOLES])
     begin = f"that begin so: {', '.join([*KINDS, 'reports', 'OpenCV'])}, or one whole"
@@ -117,7 +136,7 @@ def main():
     out = arguments.checkpoint.parent  # the run's own pictures are none of its data
     split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"], out)
     if digest != run["pictures_sha256"]:
-        raise ValueError(f"{arguments.checkpoint} was trained on other pictures: --data names them")
+        raise InputError(f"{arguments.checkpoint} was trained on other pictures: --data names them")
     images = getattr(split, arguments.part)[: arguments.pictures]
     figures = {"scored": len(images)}
     rows = []
@@ -154,12 +173,7 @@ def main():
     print_table(["filled by", *(f"{kind}: {name}" for kind in arguments.holes for name in names)], lines)
     print(*(f"{name}: {value:.4g}" for name, value in figures.items()), sep="\n")
     if arguments.json and "reports" in arguments.ways:
-        filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8)
-        fillings = [replace(filling, schedule=schedule) for schedule in STUDY[0]]
-        plain = checkpoint | {"painter": None}
-        traces = [inpaint.trace_pictures(plain, images[:1], holes[:1], each) for each in fillings]
-        shown = np.array([trace + trace[-1:] * (8 - len(trace)) for trace in traces])  # a small hole takes fewer steps
-        inpaint.sheet(shown, [f"step {t}" for t in range(1, 9)]).save(arguments.json.with_suffix(".png"))
+        paint_reports(checkpoint, images[:1], holes[:1]).save(arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sklearn.cluster import KMeans
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from maskgit import (
     CommandLine,
+    InputError,
     at_least,
     image_patches,
     kmeans,
@@ -39,7 +40,7 @@ def photo_patches(folder, count):
     images = [np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255 for path in files]
     patches = np.concatenate([image_patches(image[None], 4, 4).reshape(-1, 48) for image in images])
     if len(patches) < count:
-        raise ValueError(f"{folder} holds {len(patches)} patches of 4x4, fewer than --points {count}")
+        raise InputError(f"{folder} holds {len(patches)} patches of 4x4, fewer than --points {count}")
     return patches[np.random.default_rng(0).permutation(len(patches))[:count]]
 
 

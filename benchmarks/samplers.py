@@ -27,14 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rectangles
 import train_squares
+from benchmarks.pictures import save_curves
 from maskgit import (
     CommandLine,
+    InputError,
     all_but_lowest,
     at_random,
     by_confidence,
     by_entropy,
-    image_grid,
-    line_plot,
     load_checkpoint,
     pick_device,
     print_table,
@@ -44,7 +44,7 @@ from maskgit import (
 )
 
 # ---------------------------------------------------------------------------------------------------
-# Orders: functions of a maskgit.Step. Thresholds are those of the papers.
+# Orders: functions of a maskgit.Step; those that remember something start over at step 1. Thresholds are the papers'.
 
 
 def entropies(state):
@@ -56,18 +56,18 @@ def each_below(state, certain=0.05):
     without a bound on the sum."""
     entropy = entropies(state)
     sure = entropy < certain
-    unsure = torch.zeros_like(state.left).index_add(0, state.image, (~sure).long())
-    return all_but_lowest(entropy.masked_fill(sure, math.inf), state.image, state.left.minimum(unsure - 1))
+    unsure = torch.zeros_like(state.left).index_add(0, state.row, (~sure).long())
+    return all_but_lowest(entropy.masked_fill(sure, math.inf), state.row, state.left.minimum(unsure - 1))
 
 
 def entropy_bounded(state, gamma=0.1):
     """EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857): the most certain tokens, as many as sum H - max H <= gamma
     allows."""
     entropy = entropies(state)
-    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.image, state.place), entropy)  # (B, T)
+    of_image = entropy.new_zeros(state.coords.shape[:2]).index_put((state.row, state.place), entropy)  # (B, T)
     ascending, place = of_image.sort(dim=1, stable=True)
     within = ascending.cumsum(dim=1) - ascending <= gamma
-    return torch.zeros_like(within).scatter(1, place, within)[state.image, state.place]
+    return torch.zeros_like(within).scatter(1, place, within)[state.row, state.place]
 
 
 def margin(state):
@@ -85,21 +85,37 @@ def moment(state, choice_temperature=4.5):
     return weight - torch.empty_like(weight).exponential_(generator=state.generator).log()
 
 
-def by_halton(state):
+class Halton:
     """Halton (Besnier et al. 2025), evenly over the image: the k-th point of the sequence (bases 2 and 3, stretched
-    over the tokens' bounding box) takes the nearest token not yet taken."""
-    if "halton" not in state.memory:
-        coords = state.coords
-        low, high = coords.aminmax(dim=1, keepdim=True)
-        priority = torch.full(coords.shape[:2], math.inf, device=coords.device)  # (B, T)
-        k = torch.arange(coords.shape[1], dtype=torch.float64, device=coords.device)
-        points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
-        for i in range(len(points)):
-            distance = (coords - (low + (high - low) * points[i])).square().sum(dim=-1)
-            nearest = distance.masked_fill(priority.isfinite(), math.inf).argmin(dim=1, keepdim=True)
-            priority.scatter_(1, nearest, float(-i))
-        state.memory["halton"] = priority
-    return state.memory["halton"][state.image, state.place]
+    over the tokens' bounding box) takes the nearest token not yet taken. rolled: with a start of its own for each
+    image, as in valeoai's code."""
+
+    def __init__(self, rolled=False):
+        self.rolled = rolled
+
+    def __call__(self, state):
+        if state.step == 1:
+            visit = halton_visits(state.coords)
+            if self.rolled:
+                b, t = visit.shape
+                start = torch.randint(t, (b, 1), generator=state.generator, device=visit.device)
+                visit = (visit - start) % t
+            self.visit = visit
+        return -self.visit[state.row, state.place].float()
+
+
+def halton_visits(coords):
+    """When the sequence comes to each token at coords (B, T, 2): 0 .. T-1, (B, T)."""
+    b, t, _ = coords.shape
+    low, high = coords.aminmax(dim=1, keepdim=True)
+    k = torch.arange(t, dtype=torch.float64, device=coords.device)
+    points = torch.stack([radical_inverse(k, 2), radical_inverse(k, 3)], dim=-1).to(coords.dtype)  # (T, 2)
+    visit = torch.full((b, t), -1, device=coords.device)
+    for i, point in enumerate(points):
+        distance = (coords - (low + (high - low) * point)).square().sum(dim=-1)
+        nearest = distance.masked_fill(visit >= 0, math.inf).argmin(dim=1, keepdim=True)
+        visit.scatter_(1, nearest, i)
+    return visit
 
 
 def radical_inverse(k, base):
@@ -107,29 +123,26 @@ def radical_inverse(k, base):
     return sum(k.div(base**i, rounding_mode="floor") % base / base ** (i + 1) for i in range(24))
 
 
-def rolled_halton(state):
-    """The same with a start of its own for each image, as in valeoai's code."""
-    if "start" not in state.memory:
-        b, t = state.coords.shape[:2]
-        state.memory["start"] = torch.randint(t, (b,), generator=state.generator, device=state.coords.device)
-    tokens = state.coords.shape[1]
-    return -((-by_halton(state) - state.memory["start"][state.image]) % tokens)
-
-
 def threshold(state, probability=0.9):
     """Fast-dLLM (Wu et al. 2025, arXiv 2505.22618): all that are as probable as this, else the most probable one."""
     return state.log_probs.amax(dim=-1).exp() >= probability
 
 
-def klass(state, probability=0.9, divergence=0.01):
+class Klass:
     """KLASS (Kim et al. 2025, arXiv 2511.05664): those so probable whose distribution has moved by less than so many
     nats since the last step, else the most probable one."""
-    log_probs = state.log_probs.clamp(min=-1e9)
-    everywhere = (*state.coords.shape[:2], log_probs.shape[1])
-    last = state.memory.setdefault("last", log_probs.new_full(everywhere, -1e9))  # (B, T, K)
-    moved = (log_probs.exp() * (log_probs - last[state.image, state.place])).sum(dim=-1)
-    last[state.image, state.place] = log_probs
-    return (log_probs.amax(dim=-1).exp() > probability) & (moved < divergence)
+
+    def __init__(self, probability=0.9, divergence=0.01):
+        self.probability = probability
+        self.divergence = divergence
+
+    def __call__(self, state):
+        log_probs = state.log_probs.clamp(min=-1e9)
+        if state.step == 1:
+            self.last = log_probs.new_full((*state.coords.shape[:2], log_probs.shape[1]), -1e9)  # (B, T, K)
+        moved = (log_probs.exp() * (log_probs - self.last[state.row, state.place])).sum(dim=-1)
+        self.last[state.row, state.place] = log_probs
+        return (log_probs.amax(dim=-1).exp() > self.probability) & (moved < self.divergence)
 
 
 def settings_of(order, name, values):
@@ -142,14 +155,14 @@ ORDERS = {
     "confidence, log prob.": functools.partial(by_confidence, log_probability=True),
     "confidence, no noise": functools.partial(by_confidence, choice_temperature=0.0),
     "random": at_random,
-    "halton": by_halton,
-    "halton, rolled": rolled_halton,
+    "halton": Halton(),
+    "halton, rolled": Halton(rolled=True),
     "entropy, each below": settings_of(each_below, "certain", (0.02, 0.05, 0.1, 0.15, 0.2)),
     "entropy-bounded": settings_of(entropy_bounded, "gamma", (0.01, 0.1, 0.2, 0.5, 1.0)),
     "margin": margin,
     "moment": moment,
     "threshold": settings_of(threshold, "probability", (0.8, 0.9, 0.95, 0.99)),
-    "KLASS": settings_of(klass, "probability", (0.6, 0.9, 0.99)),
+    "KLASS": {f"probability {least}": Klass(least) for least in (0.6, 0.9, 0.99)},
 }
 EXACT = {"entropy", "halton", "entropy, each below", "entropy-bounded", "margin", "threshold", "KLASS"}
 
@@ -162,10 +175,11 @@ def orders_of(path):
         found = runpy.run_path(path)
         orders = found["ORDERS"]
         exact = found.get("EXACT", set())
-        if unknown := exact - orders.keys():
-            raise ValueError(f"EXACT names {unknown}, which is not in ORDERS")
+        unknown = exact - orders.keys()
     except Exception as error:  # whatever the file raises
-        raise ValueError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+        raise InputError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
+    if unknown:
+        raise InputError(f"{path} has {unknown} in EXACT, but not in ORDERS")
     return ORDERS | orders, (EXACT - orders.keys()) | exact
 
 
@@ -213,43 +227,36 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
     and one with eight answers averaged for each."""
     rows = []
     inputs = train_squares.completion_inputs(prior)
-    both = {"exact": (train_squares.ExactModel(prior.to(device)), train_squares.EXACT_DRAWS)}
-    both["model"] = (model, train_squares.MODEL_DRAWS)
-    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
-    for name, (marginals, _) in both.items():
-        start = TurnedModel(marginals), prior, *inputs["nothing"], device
-        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
-        averaged[name]["calls"] *= len(TURNS)
-        averaged[name]["most_calls"] *= len(TURNS)
-    for given, (order, setting, options) in itertools.product(
-        ("nothing", "left half"), decodings(orders, SQUARES_STEPS)
-    ):
+    marginals = {"exact": train_squares.ExactModel(prior.to(device)), "model": model}
+    draws = {"exact": train_squares.EXACT_DRAWS, "model": train_squares.MODEL_DRAWS}
+    tried = decodings(orders, SQUARES_STEPS)
+    for given, (order, setting, options) in itertools.product(("nothing", "left half"), tried):
         row = {"given": given, "order": order, "setting": setting}
-        for name, (marginals, draws) in both.items():
-            start = (marginals, prior, *inputs[given], device)
+        for name in marginals:
+            start = (marginals[name], prior, *inputs[given], device)
             if order in exact_orders:
                 row[name] = train_squares.judge_followed(*start, **options)
             else:
-                row[name] = train_squares.judge_counted(*start, draws, **options)
+                row[name] = train_squares.judge_counted(*start, draws[name], **options)
         rows.append(row)
         print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
+    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
+    for name in marginals:
+        start = (TurnedModel(marginals[name]), prior, *inputs["nothing"], device)
+        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
+        averaged[name]["calls"] *= len(TURNS)
+        averaged[name]["most_calls"] *= len(TURNS)
     return [*rows, averaged]
 
 
-def paint_curves(rows):
-    """Total variation against network calls, from nothing: with exact marginals, and with the model's. An order with a
-    single setting is no curve."""
-    plots = []
-    labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
-    for marginals in ("exact", "model"):
-        curves = {}
-        for order, each in itertools.groupby(rows, lambda row: row["order"]):
-            points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
-            if len(points) > 1:
-                curves[order] = zip(*points, strict=True)
-        plot = line_plot(curves, title=f"Squares from nothing, {marginals} marginals", **labels, log_x=True)
-        plots.append(np.asarray(plot) / 255)
-    return image_grid(np.stack(plots), 2)
+def curves_of(rows, marginals):
+    """{order: (network calls, total variation)} of the orders with more than one setting."""
+    curves = {}
+    for order, each in itertools.groupby(rows, lambda row: row["order"]):
+        points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
+        if len(points) > 1:
+            curves[order] = zip(*points, strict=True)
+    return curves
 
 
 def run_on_squares(record, arguments, device):
@@ -263,7 +270,9 @@ def run_on_squares(record, arguments, device):
     if arguments.json:
         figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
         write_figures(record, vars(arguments), figures, arguments.json)
-        paint_curves(from_nothing).save(arguments.json.with_suffix(".png"))
+        plots = {f"Squares from nothing, {m} marginals": curves_of(from_nothing, m) for m in ("exact", "model")}
+        labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
+        save_curves(arguments.json.with_suffix(".png"), plots, **labels, log_x=True)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -271,6 +280,7 @@ def run_on_squares(record, arguments, device):
 
 GRID_STEPS = (8, 16, 32)
 GRID_DRAWS = 200
+GRID_PROPOSALS = 3000  # for each posterior
 
 
 def explained(tokens, tokenizer, proposals=2000):
@@ -285,6 +295,7 @@ def explained(tokens, tokenizer, proposals=2000):
         patches = train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)
         return (tokenizer.nearest(patches) != tokens).sum(axis=1)
 
+    # The box around all that is bright, of which columns and rows say where it is.
     columns = bright.any(axis=1)
     rows = bright.any(axis=2)
     low = np.stack([columns.argmax(axis=1), rows.argmax(axis=1)], axis=1).clip(max=size - train_rectangles.MIN_SIDE)
@@ -320,7 +331,7 @@ def run_on_grid(record, arguments, device):
     tokenizer = checkpoint["tokenizer"]
     rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED)
     for hidden, mask in (("left half", "half"), ("all", "1.0")):
-        test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=3000)
+        test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=GRID_PROPOSALS)
         drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
         posterior = judge_on_grid(np.where(test.mask, drawn, test.tokens), test, tokenizer)
         rows.append({"hidden": hidden, "order": "draws from the posterior", "setting": "", "calls": 0.0, **posterior})

@@ -1,29 +1,27 @@
-"""What killed runs, failing disks and damaged input do to the scripts: every outcome is counted.
+"""What damaged input, killed runs and a full disk do to the scripts: every outcome is counted.
 
     python benchmarks/torture.py --json results/reliability.json
 
-Runs are killed at random moments and resumed, and must end with the weights of an undisturbed one. The disk fills up,
-the folder vanishes, two runs want the same one, Ctrl-C is pressed. Each script runs twice with one seed. Then files are
-truncated, changed or of the wrong kind, and options out of range: each call must succeed, or end in one line and exit
-code 2, in reasonable time, with nothing overwritten and no foreign code run. Every random choice follows from --seed.
+Each input of a table is laid out in a folder beside good files, and a script is called there. It must succeed, or end
+in one line and exit code 2, in reasonable time, with nothing overwritten or half written and no foreign code run. Then
+runs are killed at random moments and resumed, and must end with the weights of an undisturbed one.
 """
 
 import contextlib
-import functools
 import io
-import json
-import os
 import random
+import re
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import numpy as np
 import torch
@@ -32,67 +30,179 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fid
 import inpaint
-import maskgit
 import train_rectangles
 import train_squares
 from maskgit import CommandLine, at_least, load_checkpoint, print_table, run_as_script, run_record, write_figures
 
-SCRIPTS = {"train_squares": train_squares, "train_rectangles": train_rectangles, "inpaint": inpaint, "fid": fid}
-SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--device", "cpu", "--precision", "float32"]
-SQUARES = [*SMALL, "--batch-size", "16"]
-RECTANGLES = [*SMALL, "--batch-size", "4", "--test-images", "8"]
-CATS = [*SMALL, "--cartoons", "150", "--size", "16", "--codes", "16", "--batch-size", "4", "--test-images", "8"]
-CATS += ["--steps", "2", "--painter-steps", "2"]
-HANGS_AFTER = 60  # seconds
-train_squares.EXACT_DRAWS = 20  # here and in what command() starts: to count more takes longer than such a training
-train_squares.MODEL_DRAWS = 20
-
-# ---------------------------------------------------------------------------------------------------
-# Runs that are disturbed
+SCRIPTS = {module.__name__: module.main for module in (train_squares, train_rectangles, inpaint)}
+SCRIPTS["fid"] = lambda: runpy.run_path(fid.__file__, run_name="__main__")  # which names its errors by itself
+SMALL = "--dim 16 --heads 2 --layers 1 --device cpu --precision float32"
+SQUARES = f"train_squares {SMALL} --batch-size 16 --steps 1 --out out"
+RECTANGLES = f"train_rectangles {SMALL} --batch-size 4 --test-images 8 --steps 1 --out out"
+CATS = f"inpaint {SMALL} --cartoons 150 --size 16 --codes 16 --test-images 8 --steps 2 --painter-steps 2 --out out"
+FILL = "inpaint --checkpoint model.pt --images images --masks masks --out out --device cpu"
+STATISTICS = "fid --dims 64 --device cpu statistics.npz statistics.npz"
+FEATURES = "fid --dims 64 --device cpu --num-workers 0 images statistics.npz --weights"
 
 
-def command(script, *arguments, seconds=maskgit.CHECKPOINT_SECONDS):
-    """A script's call that writes a checkpoint every so many seconds, with 0 after every step."""
-    here = str(Path(__file__).resolve().parent)
-    call = f"import sys; sys.path.insert(0, {here!r}); import torture; torture.start({script!r}, {seconds})"
-    return [sys.executable, "-c", call, *map(str, arguments)]
+def make_good_files(folder):
+    """Of each kind one; a copy of this folder, but for what is laid out in it, is the current one of each call."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i in (1, 2):  # a distance needs two
+        PICTURE.save(folder / "images" / f"a{i}.png")
+        Image.new("L", (16, 16), 255).save(folder / "masks" / f"m{i}.png")
+    np.savez(folder / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    torch.save(fid.Inception().state_dict(), folder / "weights.pth")  # large: never copied
+    with contextlib.chdir(folder):
+        outcome, text = end_of(CATS)
+        assert outcome == "succeeds", text
+        shutil.move("out/model.pt", "model.pt")
+        shutil.rmtree("out")
 
 
-def start(script, seconds):
-    maskgit.CHECKPOINT_SECONDS = seconds
-    run_as_script(SCRIPTS[script].main)
+def damage(path, good=None):
+    """The bytes of a file, or in its place of a good one: cut off, some flipped, or some overwritten."""
+
+    def lay_out(rng):
+        data = bytearray(Path(good or path).read_bytes())
+        start = rng.randrange(len(data))
+        kind = rng.choice(["cut off", "flipped", "overwritten"])
+        if kind == "cut off":
+            del data[start:]
+        elif kind == "flipped":
+            for _ in range(20):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        else:
+            data[start : start + 50] = rng.randbytes(50)
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(data)
+
+    return lay_out
 
 
-def finished(call, **options):
-    """A call of command() that has ended: its returncode and what it printed."""
-    return subprocess.run(call, capture_output=True, text=True, **options)
+def damage_picture(rng):
+    mode, suffix = rng.choice([("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGB", "bmp"), ("P", "png")])
+    Path("images/a1.png").unlink()
+    PICTURE.convert(mode).save(f"images/a1.{suffix}")
+    damage(f"images/a1.{suffix}")(rng)
 
 
-def weights(folder):
-    return list(load_checkpoint(folder / "model.pt")["model"].state_dict().values())
+class Malicious:
+    def __reduce__(self):  # what to call when it is unpickled
+        return open, ("foreign code ran", "w")
 
 
-def equal_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+def earlier_run(rng):
+    Path("out").mkdir()
+    shutil.copy("model.pt", "out/model.pt")
 
 
-def ends_in_one_line(call):
-    lines = [line for line in call.stderr.splitlines() if not line.startswith("step ")]
-    return call.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+def full_disk(rng):
+    earlier_run(rng)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+HUGE = Image.new("1", (30_000, 30_000))
+EITHER = ("succeeds", "one line")
+ONE_LINE = ("one line",)
+DAMAGED = [  # name, what is laid out, call, what may come of it; these many times, with other random numbers
+    ("damaged picture to fill", damage_picture, FILL, EITHER),
+    ("damaged picture to train on", damage_picture, f"{CATS} --data images", EITHER),
+    ("damaged picture for FID", damage_picture, f"{FEATURES} ../good/weights.pth", EITHER),
+    ("damaged mask", damage("masks/m1.png"), FILL, EITHER),
+    ("damaged checkpoint", damage("model.pt"), FILL, ONE_LINE),
+    ("damaged checkpoint to resume", damage("out/model.pt", "model.pt"), f"{CATS} --resume", ONE_LINE),
+    ("damaged statistics", damage("statistics.npz"), STATISTICS, ONE_LINE),
+    ("damaged weights", damage("weights.pth", "../good/weights.pth"), f"{FEATURES} weights.pth", EITHER),
+]
+ONCE = [
+    ("checkpoint with code in it", lambda rng: torch.save(Malicious(), "model.pt"), FILL, ONE_LINE),
+    ("picture too large to open", lambda rng: HUGE.save("images/a1.png"), FILL, ONE_LINE),
+    ("earlier run", earlier_run, CATS, ONE_LINE),
+    ("full disk", full_disk, f"{CATS} --force", ONE_LINE),
+    ("folder that cannot be made", lambda rng: None, f"{SQUARES} --out model.pt/run", ONE_LINE),
+]
+
+
+def options_out_of_range():
+    """Every option that takes a value, with some that are wrong or extreme."""
+    rows = []
+    for call in (SQUARES, RECTANGLES, CATS, STATISTICS):
+        script = call.split()[0]
+        for option in re.findall(r"\[(--[\w-]+) [^|]", end_of(f"{script} --help")[1]):
+            for value in ("-1", "nan", "1e400", "nonsense", ""):
+                rows.append((f"option of {script}.py", lambda rng: None, f"{call} {option}={value}", EITHER))
+    return rows
+
+
+def end_of(call):
+    """How a call ends, and what it prints. It is made in this process: hundreds of them need no new start."""
+    script, *sys.argv[1:] = call.split()
+    said = io.StringIO()
+    code = 0
+    signal.alarm(60)  # seconds
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            run_as_script(SCRIPTS[script])
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        return "traceback", traceback.format_exc()
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    text = said.getvalue()
+    if code == 2 and not (text.count("error: ") == 1 and re.search(r"^error: .*\n\Z", text, re.MULTILINE)):
+        return "several lines", text
+    return {0: "succeeds", 2: "one line", 130: "hangs"}[code], text
+
+
+def outcome_of(lay_out, call, good, rng):
+    """What comes of an input, and what is printed."""
+    place = good.with_name("place")
+    shutil.copytree(good, place, ignore=shutil.ignore_patterns("weights.pth"))
+    with contextlib.chdir(place):
+        lay_out(rng)
+        before = {path: path.read_bytes() for path in Path().rglob("*.*")}
+        outcome, text = end_of(call)
+        kept = outcome != "one line" or all(path.read_bytes() == content for path, content in before.items())
+        if Path("foreign code ran").exists():
+            outcome = "foreign code ran"
+        elif list(Path().rglob("*.partial")) or not kept:
+            outcome = "half written or overwritten"
+    shutil.rmtree(place)
+    return outcome, text
+
+
+RUN = """
+import maskgit, train_squares
+maskgit.CHECKPOINT_SECONDS = 0
+train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20
+maskgit.run_as_script(train_squares.main)
+"""
 
 
 def kill_and_resume(folder, kills, rng):
     """Runs that write a checkpoint after every step, each killed at a random moment, every third one as soon as it
     writes after that: how many end as they should."""
-    squares = functools.partial(command, "train_squares", *SQUARES, "--steps", 60, seconds=0)
-    found = Counter()
+
+    def start(out, *options):
+        command = [sys.executable, "-c", RUN, *SQUARES.split()[1:], "--steps", "60", "--out", out, *options]
+        return Popen(command, cwd=Path(fid.__file__).parent, stdout=DEVNULL, stderr=DEVNULL)
+
+    def weights(out):
+        return torch.cat([p.flatten() for p in load_checkpoint(out / "model.pt")["model"].parameters()])
+
+    found = Counter(kills=kills)
     started = time.monotonic()
-    finished(squares("--out", folder / "whole"), check=True)
+    start(folder / "whole").wait()
     duration = time.monotonic() - started
     for i in range(kills):
         out = folder / f"killed{i}"
         waits = i % 3 == 0
-        process = subprocess.Popen(squares("--out", out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start(out)
         time.sleep(rng.uniform(0, duration / 2 if waits else duration))
         while waits and process.poll() is None and not (out / "model.pt.partial").exists():
             pass
@@ -100,331 +210,40 @@ def kill_and_resume(folder, kills, rng):
         process.wait()
         found["killed in mid-writing"] += (out / "model.pt.partial").exists()
         found["killed after the first checkpoint"] += (out / "model.pt").exists()
-        finished(squares("--out", out, *["--resume"] * (out / "model.pt").exists()), check=True)
-        found["bit-identical"] += equal_weights(out, folder / "whole")
-        show_progress("killed runs", i + 1, kills)
-    return {"kills": kills, **found}
-
-
-def disturb(folder):
-    """{what happens to a run: whether it ends as it should}."""
-    squares = functools.partial(command, "train_squares", *SQUARES)
-    out = folder / "run"
-    run = squares("--steps", 20, "--out", out)
-    finished(run, check=True)
-    checkpoint = (out / "model.pt").read_bytes()
-    found = {}
-
-    def unharmed():
-        return (out / "model.pt").read_bytes() == checkpoint and not (out / "model.pt.partial").exists()
-
-    def small_files_only():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    call = finished([*run, "--force"], preexec_fn=small_files_only)
-    found["no space for a checkpoint: one line, the old one unharmed"] = ends_in_one_line(call) and unharmed()
-    call = finished(run)
-    found["a folder that holds a run: one line, unharmed"] = ends_in_one_line(call) and unharmed()
-    (folder / "file").touch()
-    call = finished(squares("--steps", 5, "--out", folder / "file" / "run"))
-    found["a folder that cannot be made: one line"] = ends_in_one_line(call)
-
-    long = squares("--steps", 100_000, "--out", folder / "long", seconds=0.5)
-    process = subprocess.Popen(long, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(folder / "long" / "model.pt")
-    call = finished(squares("--steps", 2000, "--out", folder / "long", "--force"))
-    found["a folder that a run is writing to, --force: one line"] = ends_in_one_line(call)
-    shutil.rmtree(folder / "long")
-    wait_for(folder / "long" / "model.pt")
-    found["its folder vanishes: made again"] = process.poll() is None
-    process.send_signal(signal.SIGINT)
-    line = process.communicate()[1].splitlines()[-1]
-    step = load_checkpoint(folder / "long" / "model.pt")["step"]
-    found["Ctrl-C: one line, exit code 130, resumable"] = process.returncode == 130 and step > 0 and "--resume" in line
+        start(out, *["--resume"] * (out / "model.pt").exists()).wait()
+        found["bit-identical"] += torch.equal(weights(out), weights(folder / "whole"))
     return found
-
-
-def wait_for(file):
-    deadline = time.monotonic() + HANGS_AFTER
-    while not file.exists():
-        if time.monotonic() > deadline:
-            raise ValueError(f"{file} was not written in {HANGS_AFTER} seconds")
-        time.sleep(0.01)
-
-
-def repeat(folder):
-    """{script: whether a second run with the same seed leaves the same weights, pictures and figures}."""
-    runs = {
-        "train_squares": [*SQUARES, "--steps", 20],
-        "train_rectangles": ["--task", "grid", *RECTANGLES, "--steps", 5],
-        "inpaint": CATS,
-    }
-    found = {}
-    for script, arguments in runs.items():
-        first, second = (folder / f"{script}{i}" for i in (1, 2))
-        for out in (first, second):
-            finished(command(script, *arguments, "--out", out), check=True)
-        pictures = [file.name for file in first.iterdir() if file.suffix in (".png", ".gif")]
-        same = all((first / name).read_bytes() == (second / name).read_bytes() for name in pictures)
-        found[script] = same and equal_weights(first, second) and timeless(first) == timeless(second)
-    return found
-
-
-def timeless(out):
-    """The figures of a run without what differs from run to run."""
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("minutes", "seconds", "command", "out", "date")}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(json.loads((out / "metrics.json").read_text()))
-
-
-# ---------------------------------------------------------------------------------------------------
-# Damaged input
-
-
-class HangError(BaseException):
-    """Not an Exception, so that nothing takes it for bad input."""
-
-
-def outcome_of(script, arguments):
-    """How a call ends, and its text. Calls are made in this process: hundreds of them need no new start."""
-
-    def hang(*_):
-        raise HangError
-
-    signal.signal(signal.SIGALRM, hang)
-    signal.alarm(HANGS_AFTER)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaint):
-            run_as_script(SCRIPTS[script].main)
-        return "succeeds", ""
-    except SystemExit as stop:
-        lines = [line for line in complaint.getvalue().splitlines() if line.startswith("error: ")]
-        in_one_line = stop.code == 2 and len(lines) == 1 and complaint.getvalue().endswith(f"{lines[0]}\n")
-        return "one line" if in_one_line else "several lines", complaint.getvalue()
-    except HangError:
-        return "hangs", ""
-    except BaseException:
-        return "traceback", traceback.format_exc()
-    finally:
-        signal.alarm(0)
-
-
-def damaged(content, rng):
-    """The bytes of a file: truncated, with bits flipped, with a part overwritten, or replaced."""
-    kind = rng.choice(["truncated", "flipped", "overwritten", "empty", "text"])
-    data = bytearray(content)
-    if kind == "truncated":
-        data = data[: rng.randrange(1, len(data))]
-    elif kind == "flipped":
-        for _ in range(rng.randrange(1, 20)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    elif kind == "overwritten":
-        start = rng.randrange(len(data))
-        data[start : start + 50] = rng.randbytes(50)
-    else:
-        data = b"" if kind == "empty" else b"this is not the file that you are looking for"
-    return bytes(data)
-
-
-class Malicious:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (self.folder,)
-
-
-class Originals:
-    """Good files, to be damaged."""
-
-    def __init__(self, folder):
-        folder.mkdir(parents=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        for mode, suffix in (("RGB", "png"), ("RGB", "jpg"), ("RGB", "webp"), ("RGB", "bmp"), ("P", "png")):
-            Image.fromarray(pixels).convert(mode).save(folder / f"{mode}.{suffix}")
-        Image.fromarray(pixels[..., 0].astype(np.uint16) * 256).save(folder / "I16.png")
-        Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
-        self.pictures = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
-        Image.new("L", (16, 16), 255).save(folder / "mask.png")
-        self.mask = (folder / "mask.png").read_bytes()
-        outcome, text = outcome_of("inpaint", [*CATS, "--out", folder / "run"])
-        if outcome != "succeeds":
-            raise ValueError(f"the undamaged run fails: {text}")
-        self.checkpoint = (folder / "run" / "model.pt").read_bytes()
-        torch.save(fid.Inception().state_dict(), folder / "weights.pth")
-        self.weights = (folder / "weights.pth").read_bytes()
-        np.savez(folder / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
-        self.statistics = (folder / "statistics.npz").read_bytes()
-
-    def any_picture(self, rng):
-        """(suffix, bytes) of a damaged picture, or of one that is too large to be opened."""
-        name = rng.choice(sorted(self.pictures))
-        content = self.pictures[name] if name == "bomb.png" else damaged(self.pictures[name], rng)
-        return Path(name).suffix, content
-
-
-CASES = ("picture to fill", "mask", "picture to train on", "picture for FID", "checkpoint", "malicious checkpoint")
-CASES += ("checkpoint to resume", "statistics", "weights", "file as people have it")
-
-
-def as_people_have_it(place, rng):
-    """Put a file of another kind in place of a picture or its mask, 16x16 both, or beside it."""
-    image = Image.open(place / "images" / "a1.png")
-    levels = np.eye(16, dtype=np.uint8) * 255
-    sideways = Image.Exif()
-    sideways[0x0112] = 6
-    clear = Image.fromarray(np.dstack([np.asarray(image), levels]))
-    files = {
-        "images/a1.png": [(image, dict(exif=sideways)), (image.convert("P"), {}), (clear, {})],
-        "images/a1.tif": [(image.convert("CMYK"), {}), (Image.fromarray(np.float32(levels) / 255), {})],
-        "images/._a1.png": [(Image.new("RGB", (3, 3)), {})],
-        "masks/m1.png": [(clear, {}), (Image.fromarray(levels // 255), {}), (Image.fromarray(levels[:8, :8]), {})],
-        "masks/mask_1.png": [(Image.fromarray(levels), {})],
-    }
-    files["masks/m1.png"] += [(Image.fromarray(np.uint16(levels) * 257), {}), (Image.new("L", (16, 16), 90), {})]
-    name = rng.choice(sorted(files))
-    changed, options = rng.choice(files[name])
-    changed.save(place / name, **options)
-    if name == "images/a1.tif":
-        (place / "images" / "a1.png").unlink()
-
-
-def damage(case, good, place, rng):
-    """Lay out the files of a case in the folder `place`, one of them damaged: (script, arguments)."""
-    for name in ("images", "masks", "out"):
-        (place / name).mkdir(parents=True)
-    picture = place / "images" / "a1.png"
-    mask = place / "masks" / "m1.png"
-    picture.write_bytes(good.pictures["RGB.png"])
-    mask.write_bytes(good.mask)
-    (place / "model.pt").write_bytes(good.checkpoint)
-    (place / "weights.pth").write_bytes(good.weights)
-    (place / "good.npz").write_bytes(good.statistics)
-    filling = ["--checkpoint", place / "model.pt", "--images", place / "images", "--masks", place / "masks"]
-    filling = ("inpaint", [*filling, "--out", place / "out", "--device", "cpu"])
-    measuring = ["--dims", "64", "--num-workers", "0", "--device", "cpu", "--weights", place / "weights.pth"]
-    if "picture" in case:
-        suffix, content = good.any_picture(rng)
-        picture.unlink()
-        picture.with_suffix(suffix).write_bytes(content)
-        if case == "picture to train on":
-            return "inpaint", [*CATS, "--data", place / "images", "--out", place / "out"]
-        return filling if case == "picture to fill" else ("fid", [*measuring, place / "images", place / "images"])
-    if case == "file as people have it":
-        as_people_have_it(place, rng)
-        return filling
-    if case == "mask":
-        mask.write_bytes(damaged(good.mask, rng))
-        return filling
-    if case == "checkpoint":
-        (place / "model.pt").write_bytes(damaged(good.checkpoint, rng))
-        return filling
-    if case == "malicious checkpoint":
-        torch.save(Malicious(str(place / "foreign code ran")), place / "model.pt")
-        return filling
-    if case == "checkpoint to resume":
-        (place / "out" / "model.pt").write_bytes(damaged(good.checkpoint, rng))
-        return "inpaint", [*CATS, "--out", place / "out", "--resume"]
-    if case == "statistics":
-        (place / "bad.npz").write_bytes(damaged(good.statistics, rng))
-        return "fid", [*measuring, place / "bad.npz", place / "good.npz"]
-    (place / "weights.pth").write_bytes(damaged(good.weights, rng))
-    return "fid", [*measuring, place / "images", place / "good.npz"]
-
-
-def fuzz_files(folder, count, rng):
-    """(Counter of (case, outcome), what should not have happened)."""
-    good = Originals(folder / "originals")
-    found = Counter()
-    bad = []
-    for i in range(count):
-        case = CASES[i % len(CASES)]
-        place = folder / f"case{i}"
-        outcome, text = outcome_of(*damage(case, good, place, rng))
-        if (place / "foreign code ran").exists():
-            outcome = "foreign code ran"
-        found[(case, outcome)] += 1
-        if outcome not in ("succeeds", "one line"):
-            bad.append({"case": case, "number": i, "outcome": outcome, "text": text[-1500:]})
-        shutil.rmtree(place)
-        show_progress("damaged files", i + 1, count)
-    return found, bad
-
-
-def fuzz_options(folder):
-    """Every option that takes a value, with values out of range or of the wrong kind; like fuzz_files."""
-    found = Counter()
-    bad = []
-    (folder / "empty").mkdir(parents=True)
-    common = {
-        "train_squares": [*SQUARES, "--steps", "1", "--force", "--out", folder / "squares"],
-        "train_rectangles": [*RECTANGLES, "--steps", "1", "--force", "--out", folder / "rectangles"],
-        "inpaint": [*CATS, "--force", "--out", folder / "cats"],
-        "fid": [folder / "empty", folder / "empty"],
-    }
-    for script, arguments in common.items():
-        options = options_with_a_value(script)
-        for i, option in enumerate(options, start=1):
-            for value in ("-1", "nan", "1e400", "nonsense", ""):
-                outcome, text = outcome_of(script, [*arguments, option, value])
-                found[(f"{script}.py's options", outcome)] += 1
-                if outcome not in ("succeeds", "one line"):
-                    bad.append({"case": f"{script} {option} {value!r}", "outcome": outcome, "text": text[-1500:]})
-            show_progress(f"options of {script}.py", i, len(options))
-    return found, bad
-
-
-def options_with_a_value(script):
-    """From its --help; without those whose value is a name that the caller is free to choose."""
-    usage = finished(command(script, "--help")).stdout.split("\n\n")[0].replace("\n", " ")
-    parts = [part.strip("[] ").split() for part in usage.split("[")]
-    with_value = [part[0] for part in parts if len(part) > 1 and part[0][:2] == "--" and part[1] != "|"]
-    return [option for option in with_value if option not in FREE]
-
-
-FREE = {"--out", "--json", "--save-stats", "--weights"}
-
-
-def show_progress(what, done, count):
-    if done == count or done % 20 == 0:
-        print(f"{what}: {done}/{count}", file=sys.stderr, flush=True)
 
 
 def main():
     record = run_record()
     parser = CommandLine(__doc__)
+    parser.add_argument("--times", type=at_least(1), default=36, help="that a file of each kind is damaged")
     parser.add_argument("--kills", type=at_least(1), default=30)
-    parser.add_argument("--files", type=at_least(1), default=360)
-    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background, and what it starts, ignores it
+    rng = random.Random(0)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # too late an end is like Ctrl-C
+    train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20  # more would take longer than such a training
+    counts = Counter()
+    bad = []
     with tempfile.TemporaryDirectory() as scratch:
-        scratch = Path(scratch)
-        files, bad_files = fuzz_files(scratch / "files", arguments.files, rng)
-        options, bad_options = fuzz_options(scratch / "options")
-        figures = {"disturbed": disturb(scratch / "disturbed"), "same bytes twice": repeat(scratch / "twice")}
-        figures["killed"] = kill_and_resume(scratch / "kills", arguments.kills, rng)
-    counts = files + options
-    figures["outcomes"] = [dict(input=case, outcome=o, count=n) for (case, o), n in sorted(counts.items())]
-    figures["should not have happened"] = bad_files + bad_options
-    write_figures(record, vars(arguments), figures, arguments.json)
-    outcomes = sorted({outcome for _, outcome in counts})
-    rows = [[case, *(str(counts[(case, o)]) for o in outcomes)] for case in dict.fromkeys(case for case, _ in counts)]
-    print_table([f"{sum(counts.values())} damaged inputs", *outcomes], rows)
-    for name in ("disturbed", "same bytes twice", "killed"):
-        print_table([name, ""], [[what, str(value)] for what, value in figures[name].items()])
-    for case in figures["should not have happened"]:
-        print(case)
+        good = Path(scratch, "good")
+        make_good_files(good)
+        inputs = DAMAGED * arguments.times + ONCE + options_out_of_range()
+        for i, (name, lay_out, call, allowed) in enumerate(inputs, start=1):
+            outcome, text = outcome_of(lay_out, call, good, rng)
+            counts[name, outcome] += 1
+            if outcome not in allowed:
+                bad.append({"input": name, "call": call, "outcome": outcome, "text": text[-1500:]})
+            if i % 20 == 0:
+                print(f"inputs: {i}/{len(inputs)}", file=sys.stderr, flush=True)
+        killed = kill_and_resume(Path(scratch), arguments.kills, rng)
+    rows = [dict(input=name, outcome=outcome, count=count) for (name, outcome), count in sorted(counts.items())]
+    write_figures(record, vars(arguments), dict(outcomes=rows, killed=killed, wrong=bad), arguments.json)
+    print_table(["input", "outcome", "count"], [[str(value) for value in row.values()] for row in rows])
+    print(*killed.items(), *bad, sep="\n")
+    sys.exit(f"{len(bad)} outcomes should not have happened" if bad else 0)
 
 
 if __name__ == "__main__":

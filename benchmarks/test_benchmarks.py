@@ -1,0 +1,350 @@
+"""Tests of the benchmarks on a small scale, of reproduce.py, and of the figures in README.md.
+
+python -m pytest benchmarks/test_benchmarks.py
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a fid.py of its own
+import inpaint
+import maskgit
+import train_rectangles
+import train_squares
+from benchmarks import ablation, filling, pictures, remedies, reproduce, samplers
+
+from test_maskgit import SMALL, SQUARES, TINY, TINY_CATS, call, committed_first, decode_from_nothing, readme_examples
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def result(name, folder=ROOT / "results"):
+    return json.loads(Path(folder, f"{name}.json").read_text())
+
+
+def test_samplers_of_the_literature_by_hand():
+    # Entropies of 0.673, 0.0079, 0.611, 0.0010 and 0.500 nats.
+    probabilities = [[0.6, 0.4], [0.999, 0.001], [0.3, 0.7], [0.0001, 0.9999], [0.2, 0.8]]
+    for order, committed in {
+        samplers.each_below: [[0, 1, 3], [2], [4]],
+        samplers.entropy_bounded: [[1, 3, 4], [2], [0]],
+        samplers.margin: [[3], [1], [4], [2], [0]],
+        samplers.threshold: [[1, 3], [4], [2], [0]],
+        functools.partial(samplers.threshold, probability=0.75): [[1, 3, 4], [2], [0]],
+        samplers.Klass(): [[3], [1], [4], [2], [0]],  # at first nothing is known to be stable
+    }.items():
+        for _ in range(2):  # what it remembers of one decoding is not known in the next
+            assert committed_first(order, probabilities) == committed
+    trace = []
+    a, b = (sum(p ** (1 + 1 / 2.25) for p in pair) for pair in ((0.9, 0.1), (0.5, 0.5)))
+    decode_from_nothing([[0.9, 0.1], [0.5, 0.5]], 20000, order=samplers.moment, steps=2, trace=trace)
+    assert (~trace[0][1]).float().mean(dim=0).tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=0.015)
+
+
+def test_halton_visits_the_quarters_in_turn():
+    coords = maskgit.grid_coords(8, 8)
+    options = {"coords": coords, "steps": 64, "schedule": "linear"}
+    orders = samplers.Halton(), samplers.Halton(rolled=True)
+    visited, rolled = (sum(committed_first(order, [[0.5, 0.5]] * 64, **options), []) for order in orders)
+    assert sorted(visited) == list(range(64))
+    # By hand: radical inverses (0, 0), (1/2, 1/3), (1/4, 2/3), (3/4, 1/9) of a 7 x 7 box.
+    assert coords[visited[:4]].tolist() in ([[0, 0], [x, 2], [2, 5], [5, 1]] for x in (3, 4))
+    assert rolled != visited and rolled in [visited[start:] + visited[:start] for start in range(64)]
+
+
+def test_a_grid_is_explained_by_its_rectangle_alone():
+    tokenizer = train_rectangles.fit_tokenizer(0)
+    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(6, 1))
+    tokens = tokenizer.encode(images).reshape(6, 169)
+    broken = tokens.copy()
+    broken[:, 80] = (broken[:, 80] + 1) % 20
+    assert samplers.explained(tokens, tokenizer).mean() > 0.8 and not samplers.explained(broken, tokenizer, 300).any()
+
+
+def test_the_mean_of_eight_turns_turns_with_the_image():
+    """Of a model that does not, and that of one image is the mean of eight answers."""
+    torch.manual_seed(0)
+    model = maskgit.MaskGIT(2, dim=16, heads=2, layers=2)
+    coords = maskgit.grid_coords(4, 4)
+    tokens = torch.randint(3, (5, 4, 4))
+    turns = [turned.rot90(k, (1, 2)) for k in range(4) for turned in (tokens, tokens.transpose(1, 2))]
+    with torch.no_grad():
+        answers = [samplers.TurnedModel(model)(turned.flatten(1), coords).view(5, 4, 4, 2) for turned in turns]
+        single = [model(turned.flatten(1), coords).softmax(dim=-1).view(5, 4, 4, 2) for turned in turns]
+
+    def turned_back(found):
+        back = [each.rot90(-(i // 2), (1, 2)) for i, each in enumerate(found)]
+        return [each.transpose(1, 2) if i % 2 else each for i, each in enumerate(back)]
+
+    for answer in turned_back(answers):
+        torch.testing.assert_close(answer, answers[0])
+    torch.testing.assert_close(answers[0].exp(), sum(turned_back(single)) / 8)
+    assert not torch.allclose(turned_back(single)[2], single[0])
+
+
+def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
+    """README's own among them; on the squares with a picture."""
+    small = {"ORDERS": {name: samplers.ORDERS[name] for name in ("entropy", "random")}, "SQUARES_STEPS": (2, 16)}
+    small |= {"GRID_STEPS": (2, 4), "GRID_DRAWS": 4, "GRID_PROPOSALS": 10, "save_curves": Mock()}
+    small |= {"explained": functools.partial(samplers.explained, proposals=20)}
+    for name, value in small.items():
+        monkeypatch.setattr(samplers, name, value)
+    monkeypatch.chdir(tmp_path)
+    assert call(train_squares, *TINY, "--steps", 2) == call(train_rectangles, *SMALL) == 0
+    Path("margin.py").write_text(readme_examples()[2])
+    command = re.search(r"python benchmarks/samplers.py (margin.py)", (ROOT / "README.md").read_text())[1].split()
+    capsys.readouterr()
+    assert call(samplers, *command, "--json", "found.json") == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["random"] * 2 + ["margin"] * 2 + ["entropy,"]
+    # 16 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
+    assert re.search(r"margin +16 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-3])
+    rows = result("found", ".")["completions"]
+    assert len(rows) == len({(row["given"], row["order"], row["setting"]) for row in rows}) == 2 * (5 + 2 + 2) + 1
+    (path, plots), _ = samplers.save_curves.call_args
+    assert path == Path("found.png") and [*map(len, plots.values())] == [3, 3]
+    assert call(samplers, *command, "--grid", "--json", "found.json") == 0
+    rows = result("found", ".")["rows"]
+    assert len(rows) == len({(row["hidden"], row["order"], row["setting"]) for row in rows}) == 2 * (1 + 5 + 2 + 2)
+    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
+
+
+def test_files_without_orders_are_refused(tmp_path, capsys):
+    for text in ("in the way", "A = 1", "ORDERS = {}\nEXACT = {'mine'}"):
+        (tmp_path / "file.py").write_text(text)
+        assert call(samplers, tmp_path / "file.py") == 2
+        assert re.fullmatch("error: .*/file.py .*(no dict|in EXACT, but not in) ORDERS.*\n", capsys.readouterr().err)
+
+
+def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
+    """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
+    monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 16)
+    monkeypatch.setattr(ablation, "TEST_COUNT", 16)
+    monkeypatch.setattr(ablation, "save_curves", Mock())
+    variants = ablation.variants()
+    changed = {name: sum(ablation.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()}
+    assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
+    assert changed["all repairs"] == 4 and changed["all but pre-norm, warm-up"] == 2
+    white = train_squares.test_set(SQUARES, "cosine", 200, train_squares.TEST_SEED)[2]
+    difference = torch.linspace(-2, 2, 401)[:, None]
+    best = (white * F.softplus(-difference) + (1 - white) * F.softplus(difference)).amin(dim=0).mean().item()
+    assert ablation.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
+    monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, hidden=32, layers=1, batch_size=9))
+    assert call(ablation, "--steps", 2, "--json", tmp_path / "found.json") == 0
+    (path, plots), _ = ablation.save_curves.call_args
+    assert path == tmp_path / "found.png" and [*map(len, plots.values())] == [9]
+    assert len(result("found", tmp_path)["runs"]) == 3 * 9
+
+
+def test_points_near_edges_and_without_corners():
+    rng = np.random.default_rng(0)
+    rectangles = train_rectangles.draw_rectangles(300, rng, "sparse")
+    draws = [remedies.points_without(wrong) for wrong in (remedies.off_edges, remedies.on_corners)]
+    edges, cornerless = (draw("sparse", rectangles, 8, rng) for draw in draws)
+    mixed = np.abs(train_rectangles.coverage(rectangles, edges).mean(axis=-1) - 0.5) < 0.5  # neither 0 nor 1
+    assert mixed[:, ::2].mean() > 0.99 and mixed[:, 1::2].mean() < 0.7
+    for (x0, y0, x1, y1), points in zip(rectangles, cornerless, strict=True):
+        for (x, y), corner_x, corner_y in itertools.product(points, (x0, x1), (y0, y1)):
+            assert not (x < corner_x < x + 4 and y < corner_y < y + 4)
+    assert np.minimum(edges, cornerless).min() >= 0 and np.maximum(edges, cornerless).max() <= 12
+
+
+def test_soft_targets_weigh_codes_by_distance():
+    centroids = np.array([0.0, 0.3, 2.0])
+    weights = np.exp(-(((centroids[:, None] - centroids) / 0.5) ** 2))
+    targets = remedies.soft_targets(maskgit.PatchTokenizer(centroids[:, None], patch=1), 0.5)
+    np.testing.assert_allclose(targets, weights / weights.sum(axis=1, keepdims=True), atol=1e-6)
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 3)
+    tokens = torch.randint(3, (2, 4))
+    mask = maskgit.random_mask((2, 4), 0.5)
+    loss = remedies.soft_cross_entropy(targets)(logits, tokens, mask, count=7)
+    by_hand = -sum(targets[tokens[b, t]] @ logits[b, t].log_softmax(dim=-1) for b, t in mask.nonzero().tolist()) / 7
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_remedies_on_a_small_scale(tmp_path, monkeypatch):
+    monkeypatch.setattr(remedies, "RECIPE", remedies.RECIPE | dict(dim=16, batch_size=8, layers=1))
+    monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
+    monkeypatch.setattr(remedies, "save_curves", Mock())
+    tokenizer = train_rectangles.fit_tokenizer(0)
+    monkeypatch.setattr(train_rectangles, "fit_tokenizer", lambda seed: tokenizer)
+    small = ["--steps", 2, "--test-images", 8, "--proposals", 10]
+    assert call(remedies, *small, "--json", tmp_path / "found.json") == 0
+    runs = result("found", tmp_path)["runs"]
+    assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
+    assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
+    (path, plots), _ = remedies.save_curves.call_args
+    assert path == tmp_path / "found.png" and [*map(len, plots.values())] == [8]
+
+
+def test_ways_to_fill_are_judged(tmp_path, capsys):
+    """By error and by realism; the true tokens are the best by both. Other pictures than the model's are refused."""
+    data = ["--data", tmp_path]
+    for i, cat in enumerate(inpaint.cartoon_cats(150, 16)):
+        Image.fromarray(cat).save(tmp_path / f"{i}.png")
+    assert call(inpaint, *TINY_CATS, *data, "--out", tmp_path / "run") == 0
+    options = ["--checkpoint", tmp_path / "run" / "model.pt", "--ways", "likeliest", "reports", "--holes", "box"]
+    options += ["--observer-steps", 9, "--json", tmp_path / "found.json"]
+    assert call(filling, *options) == 2 and "trained on other pictures" in capsys.readouterr().err
+    assert call(filling, *options, *data) == 0
+    rows = {row["way"]: row for row in result("found", tmp_path)["rows"]}
+    studied = [f"reports {schedule}, T={t}" for schedule in ("linear", "cosine", "square") for t in (1, 4, 8, 10, 20)]
+    assert [*rows] == ["true tokens", "likeliest", *studied]
+    assert Image.open(tmp_path / "found.png").size[0] > 8 * 128
+    for name, sign in {"psnr": -1, "ssim": -1, "frechet": 1}.items():
+        limit, *others = (sign * row[name] for row in rows.values())
+        assert limit < min(others)
+
+
+def test_curves_become_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    curves = {f"curve {i}": ([1, 10], [i + 1, 0.5]) for i in range(12)}
+    labels = {"x_label": "x", "y_label": "y", "references": {"limit": 0.4}}
+    pictures.save_curves(tmp_path / "a.png", {"a": curves, "b": curves}, **labels, log_x=True, log_y=True)
+    assert Image.open(tmp_path / "a.png").size == (1600, 550)
+
+
+TOY = """
+import sys
+from pathlib import Path
+from maskgit import run_record, write_figures
+write_figures(run_record(), {}, {"figure": 0.5}, Path(sys.argv[2]))
+"""
+AGAIN = """import os; os.mkdir("results"); print('{"figure": 0.5}', file=open("results/a.json", "w"))"""
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_figures_made_again(tmp_path, monkeypatch, capfd):
+    """In a project in "a folder": the same figure or another, by a script that has changed."""
+    project = tmp_path / "a folder"
+    project.mkdir()
+    shutil.copy(ROOT / "maskgit.py", project)
+    script = project / "toy.py"
+    script.write_text(TOY)
+    for command in ("init -q", "add .", "-c user.name=n -c user.email=e commit -q -m toy"):
+        subprocess.run(["git", *command.split()], cwd=project, check=True)
+    monkeypatch.setattr(reproduce, "ROOT", project)
+    with monkeypatch.context() as patch:
+        patch.setenv("ATEN_CPU_CAPABILITY", "default")
+        subprocess.run([sys.executable, "toy.py", "--json", "results/a.json"], cwd=project, check=True)
+    record = result("a", project / "results")
+    command = "ATEN_CPU_CAPABILITY=default python toy.py --json results/a.json"
+    assert record["command"] == command and 0 <= record["minutes"] < 1
+    listed = f"a, {record['minutes']} min at {record['commit']}; changed since: {{}}\n  {command}\n"
+    assert call(reproduce, "--list") == 0 and capfd.readouterr().out == listed.format("nothing")
+    script.write_text(AGAIN)
+    assert call(reproduce, "a") == 0 and "TOO FAR" not in capfd.readouterr().out
+    script.write_text(AGAIN.replace("0.5", "0.6"))
+    assert call(reproduce, "a") == "1 figures are too far off"
+    assert re.search("1 figures.*\na figure +0.5 +0.6 +0.05 +TOO FAR", capfd.readouterr().out)
+    assert call(reproduce, "--list") == 0 and capfd.readouterr().out == listed.format("toy.py")
+    for wrong in (["b"], [], ["--list", "a"]):
+        assert call(reproduce, *wrong) == 2
+        assert capfd.readouterr().err == "error: either --list, or some of a (see --help)\n"
+
+
+def test_what_seeds_explain(capsys):
+    """Twice the range of JSONs, or rows, that differ by the seed alone; else a tenth; nothing one missing."""
+
+    def record(seed, figure, *psnr, other="a.py", **more):
+        command = f"python {other} --seed {seed} --json {seed}.json"
+        rows = [{"name": "x", "seed": i, "psnr": each} for i, each in enumerate(psnr)]
+        return {"command": command, "settings": {"n": seed}, "kl": figure, "rows": rows} | more
+
+    stored = record(0, 1.0, 10.0, 20.0)
+    others = {"a": stored, "b": record(1, 1.2), "c": record(2, 7.0, other="b.py")}
+    for numbers, too_far in {(1.39, 10, 20): 0, (1.41, 10, 20): 1, (1, 34, 34): 0, (1, 36, 36): 1, (1, 10): 1}.items():
+        assert reproduce.compare("a", others, record(0, *numbers)) == too_far
+        assert capsys.readouterr().out.count("TOO FAR") == too_far
+    assert reproduce.compare("a", others, record(0, 1.41, 20, 10, tv=1)) == 2
+    for name, figure, too_far in (("a", 1.09, 0), ("a", 1.11, 1), ("speed", 1.11, 0)):
+        assert reproduce.compare(name, {name: stored}, record(0, figure, 10.0, 20.0)) == too_far
+
+
+def test_each_json_is_what_its_command_writes():
+    for file in (ROOT / "results").glob("*.json"):
+        record = result(file.stem)
+        command = record["command"]
+        assert f" --json results/{file.name}" in command and "--force" not in command
+        assert record["minutes"] > 0 and (ROOT / re.search(r"python (\S+)", command)[1]).exists()
+
+
+def test_the_squares_that_come_along():
+    """They are the default run's, of which squares.json is, and near the posterior."""
+    path = ROOT / "results" / "squares.pt"
+    figures = result("squares")
+    assert figures["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint = maskgit.load_checkpoint(path)
+    assert checkpoint["training"] is None and path.stat().st_size < 1_000_000
+    kl = train_squares.score(checkpoint["model"], SQUARES, "cosine", 1024, seed=7)["kl"]
+    assert 0.7 < kl / figures["tasks"]["cosine"]["kl"] < 1.4
+
+
+def spread(digits, values, scale=1):
+    """The lowest to the highest, as README.md says it."""
+    return f"{scale * min(values):.{digits}f} to {scale * max(values):.{digits}f}"
+
+
+def score_cells(digits, row):
+    """Cross-entropy and accuracy, each with its limit in brackets."""
+    cross_entropy = f"{row['cross_entropy']:.{digits}f} ({row['limit']:.{digits}f})"
+    return cross_entropy, f"{row['accuracy']:.2%} ({row['posterior_accuracy']:.2%})".replace("%", " %")
+
+
+def test_figures_of_the_readme():
+    """Each sentence and row as its JSONs give it."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    squares = [result(f"squares{seed}") for seed in ("", "_seed1", "_seed2", "_seed3", "_seed4")]
+    entropy, paper = ([run["completions"][i]["model"] for run in squares] for i in (0, -1))
+    new, old = (sum(run["seconds"].values()) / 60 for run in (squares[0], result("squares_avx2")))
+    said = [f"toy in {new:.1f} minutes on two CPU cores with bf16, in {old:.1f} on two older ones without"]
+    for words, task in (("a random share", "cosine"), ("one", "single")):
+        said.append(" | ".join(["| " + words, *score_cells(4, squares[0]["tasks"][task])]))
+    said.append(f"at {spread(4, [run['tasks']['cosine']['kl'] for run in squares])} nats per hidden pixel (five seeds)")
+    said.append(f"{spread(1, [row['valid'] for row in paper], 100)} % of its images are squares")
+    said.append(f"{spread(1, [row['valid'] for row in entropy], 100)} % are, after")
+    said.append(f"after {spread(1, [row['calls'] for row in entropy])} calls")
+    said.append(f"from that is {spread(2, [row['total_variation'] for row in entropy])}")
+    longer = result("squares_3000")
+    variation, kl = longer["completions"][0]["model"]["total_variation"], longer["tasks"]["cosine"]["kl"]
+    said.append(f"twice the time, it is {variation:.2f}, and the KL {kl:.4f}")
+    sparse = [result(f"rectangles_sparse{seed}")["scores"] for seed in ("", "_seed1", "_seed2")]
+    for words, kind in (("6", "6 points"), ("24, as in training", "unseen rectangles"), ("96", "96 points")):
+        cross_entropy, accuracy = score_cells(3, sparse[0][kind])
+        ratios = ", ".join(f"{scores[kind]['ratio']:.3f}" for scores in sparse)
+        said.append(
+            f"| {words} | {cross_entropy} | {ratios} | {accuracy} | {100 * sparse[0][kind]['commonest']:.0f} % |"
+        )
+    ways = {
+        "the model alone": "as decoded, without evidence",
+        "with evidence: the visible pixels of tokens half in the hole": "as decoded",
+        "and painted": "as set",
+        "the expected picture, painted": "expected",
+        "the true tokens, painted: the limit": "true tokens",
+    }
+    runs = [result(name)["rows"] for name in ("inpaint", "inpaint_cats64")]
+    for words, way in ways.items():
+        rows = [[(row["psnr"], row["ssim"]) for row in run if row["name"] == way] for run in runs]
+        said.append(" | ".join(["| " + words, *("{:.1f} | {:.3f}".format(*np.mean(row, axis=0)) for row in rows)]))
+    rows = [result(name)["rows"] for name in ("opencv_cats", "opencv_cats64")]
+    strokes = [next(row for row in run if row["way"] == "OpenCV, Navier-Stokes") for run in rows]
+    said.append(" | ".join(["Stokes", *(f"{row['psnr']:.1f} | {row['ssim']:.3f}" for row in strokes)]))
+    said.append(f"after {sum(result('inpaint')['seconds'].values()) / 60:.0f} minutes on one core with bf16")
+    few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
+    said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
+    assert [each for each in said if each not in readme] == []
