@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -38,10 +37,6 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 torch.set_num_threads(1)  # threads of tiny models wait for each other most of the time
 train_rectangles.fit_tokenizer = functools.cache(train_rectangles.fit_tokenizer)  # most runs here have the same one
-
-
-def beside_the_others(test):  # goes once the scripts' sections have it no more
-    return test
 
 
 def seeded(seed=0):
