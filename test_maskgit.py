@@ -1,17 +1,12 @@
-"""Every test, in the order of the code: maskgit.py, then the scripts, then the README.
-
-    python -m pytest test_maskgit.py
+"""Tests of the method, the training and the four scripts, in the order of the code.
 
 Expected values are worked out here in another way: by hand, by loops, by enumeration. No test needs a network, a
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
-import contextlib
 import csv
 import functools
 import hashlib
-import inspect
-import io
 import itertools
 import json
 import math
@@ -23,10 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -39,50 +31,12 @@ import torch
 import torch.nn.functional as F
 import train_rectangles
 import train_squares
-from maskgit import (
-    ORDERS,
-    SCHEDULES,
-    PatchTokenizer,
-    Recipe,
-    decode,
-    grid_coords,
-    kmeans,
-    random_mask,
-    train,
-    training_mask,
-)
+from maskgit import ORDERS, PatchTokenizer, decode, grid_coords, kmeans, random_mask, train, training_mask
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HERE = Path(__file__).resolve().parent
-BESIDE = {}
-torch.set_num_threads(1)  # the other core is a second process's
+torch.set_num_threads(1)  # threads of tiny models wait for each other most of the time
 train_rectangles.fit_tokenizer = functools.cache(train_rectangles.fit_tokenizer)  # most runs here have the same one
-
-
-def beside_the_others(test):
-    """A test that runs in a second process, from the first test on; it may have a tmp_path and a monkeypatch."""
-    BESIDE[test.__name__] = test
-
-    def outcome(second_process):
-        second_process[test.__name__].result()
-
-    return outcome
-
-
-@pytest.fixture(scope="session", autouse=True)
-def second_process(request, tmp_path_factory):
-    """{name: what is to come of that test} of all selected ones, which run one after the other."""
-    selected = [test.name for test in request.session.items if test.name in BESIDE]
-    process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-    yield {name: process.submit(run_here, name, tmp_path_factory.mktemp("beside")) for name in selected}
-    process.shutdown(cancel_futures=True)
-
-
-def run_here(name, folder):
-    with pytest.MonkeyPatch.context() as patch:
-        given = {"tmp_path": folder, "monkeypatch": patch}
-        BESIDE[name](**{each: given[each] for each in inspect.signature(BESIDE[name]).parameters})
 
 
 def seeded(seed=0):
@@ -114,7 +68,7 @@ def logged(folder, column):
 
 def refusal(function, *arguments, **options):
     """The one line that says why it refuses its arguments."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((maskgit.InputError, fid.InputError)) as error:
         function(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -160,16 +114,15 @@ def test_kmeans_equals_brute_force_from_the_same_start(iterations):
     labels, inertia = assigned(centroids)
     result = kmeans(points, 7, init=points[:7], max_iter=iterations, tol=0)
     np.testing.assert_allclose(result.centroids, centroids, atol=1e-4)
-    assert (result.labels == labels).all() and result.iterations == iterations
-    assert result.inertia == pytest.approx(inertia, rel=1e-4)
+    assert (result.labels == labels).all() and result.inertia == pytest.approx(inertia, rel=1e-4)
     assert result.centroids.dtype == np.float32 and result.labels.dtype == np.int64
 
 
 def test_kmeans_ends_when_nothing_moves_or_by_tol():
-    points = np.random.default_rng(2).random((3000, 8)).astype(np.float32)
+    points = np.random.default_rng(2).random((1000, 8)).astype(np.float32)
     converged = kmeans(points, 20, init=points[:20], max_iter=500, tol=0)
-    assert 1 < converged.iterations < 500
-    assert kmeans(points, 20, init=points[:20], tol=0.1).iterations < converged.iterations
+    assert (kmeans(points, 20, init=converged.centroids, max_iter=1).centroids == converged.centroids).all()
+    assert kmeans(points, 20, init=points[:20], max_iter=500, tol=0.1).inertia > converged.inertia
 
 
 def test_kmeans_gives_empty_clusters_the_farthest_points():
@@ -179,9 +132,8 @@ def test_kmeans_gives_empty_clusters_the_farthest_points():
 
 def test_kmeans_repeats_with_its_seed_and_keeps_the_best_restart():
     points = np.random.default_rng(3).random((500, 4)).astype(np.float32)
-    once, again = (kmeans(points, 12, seed=5, restarts=3) for _ in range(2))
-    assert (once.centroids == again.centroids).all() and once.inertia == again.inertia
-    assert not np.array_equal(once.centroids, kmeans(points, 12, seed=6).centroids)
+    once, again, other = (kmeans(points, 12, seed=seed).centroids for seed in (5, 5, 6))
+    assert (once == again).all() and not (once == other).all()
     inertias = [kmeans(points, 12, seed=5, restarts=restarts).inertia for restarts in range(1, 7)]
     assert inertias == sorted(inertias, reverse=True) and inertias[-1] < inertias[0]
 
@@ -194,9 +146,9 @@ def test_plus_plus_draws_by_squared_distance():
     assert (np.sort(chosen, axis=1) == points[:, 0]).all(), "none is chosen twice"
 
 
-@pytest.mark.parametrize(("patch", "stride", "channels"), [(2, 2, 1), (3, 3, 4), (2, 1, 3), (4, 2, 2)])
+@pytest.mark.parametrize(("patch", "stride", "channels"), [(2, 2, 1), (2, 1, 3), (4, 2, 4)])
 def test_tokens_bring_the_images_back_when_codes_suffice(patch, stride, channels, tmp_path):
-    """Also after a checkpoint; many images at once are encoded as each alone is."""
+    """Also after a checkpoint; and of more images than are encoded at once each is encoded as it is alone."""
     size = patch + 2 * stride
     images = np.random.default_rng(0).integers(0, 5, size=(6, size, size, channels)).astype(np.float32) / 4
     codes = len(np.unique(maskgit.image_patches(images, patch, stride).reshape(-1, patch * patch * channels), axis=0))
@@ -207,7 +159,7 @@ def test_tokens_bring_the_images_back_when_codes_suffice(patch, stride, channels
     tokens = tokenizer.encode(images)
     assert tokens.shape == (6, 3, 3) and tokens.dtype == np.int64
     np.testing.assert_allclose(tokenizer.decode(tokens), images, atol=1e-5)
-    many = np.resize(images, (2**22 // images[0].size + 7, *images.shape[1:]))  # more than are encoded at once
+    many = np.resize(images, (2**22 // images[0].size + 7, *images.shape[1:]))
     assert (tokenizer.encode(many) == np.resize(tokens, (len(many), 3, 3))).all()
 
 
@@ -263,23 +215,20 @@ def test_attention_equals_an_explicit_softmax():
     heads = []
     for h in range(3):
         of_all = (x @ weight.T + attention.qkv.bias).split(4, dim=2)  # of three heads queries, then keys, then values
-        query = of_all[h]
-        key = of_all[3 + h]
-        value = of_all[6 + h]
+        query, key, value = of_all[h::3]
         scores = torch.exp(query @ key.transpose(1, 2) / math.sqrt(4))
         heads.append(scores / scores.sum(dim=2, keepdim=True) @ value)
     expected = torch.cat(heads, dim=2) @ attention.out.weight.T + attention.out.bias
     torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
 
     # In bf16, differentiated (on a CPU by another way) and not; gradients of the same sum.
-    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), weight)
     with torch.autocast("cpu", torch.bfloat16):
         found = attention(x)
         with torch.no_grad():
             torch.testing.assert_close(attention(x).float(), expected, rtol=0.05, atol=0.01)
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.01)
-    (found_gradient,) = torch.autograd.grad(found.float().square().sum(), weight)
-    torch.testing.assert_close(found_gradient, expected_gradient, rtol=0.1, atol=0.05)
+    gradients = [torch.autograd.grad(each.float().square().sum(), weight)[0] for each in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -290,20 +239,15 @@ def test_block_is_the_written_formula(norm):
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
 
-    def layer_norm(x, module):
-        return F.layer_norm(x, (8,), module.weight, module.bias)
-
     def mlp(x):
-        wide = block.mlp[0]
-        narrow = block.mlp[2]
-        return F.gelu(x @ wide.weight.T + wide.bias) @ narrow.weight.T + narrow.bias
+        return block.mlp[2](F.gelu(block.mlp[0](x)))
 
     if norm == "post":
-        y = layer_norm(x + block.attention(x), block.norm1)
-        expected = layer_norm(y + mlp(y), block.norm2)
+        y = block.norm1(x + block.attention(x))
+        expected = block.norm2(y + mlp(y))
     else:
-        y = x + block.attention(layer_norm(x, block.norm1))
-        expected = y + mlp(layer_norm(y, block.norm2))
+        y = x + block.attention(block.norm1(x))
+        expected = y + mlp(block.norm2(y))
     torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-5)
     block.train()  # with dropout after the attention and in the MLP
     for part in (block.dropout, block.mlp[3]):
@@ -321,13 +265,10 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
     here, moved, mirrored = (attention(x, maskgit.rotary_angles(at, 8)[None, None]) for at in places)
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
     assert (here - mirrored).abs().max() > 1e-3
-    # The score of one pair by hand: both vectors turned as complex numbers.
-    angles = maskgit.rotary_angles(coords, 8)
-    query, key = (torch.randn(8) for _ in range(2))
-    turned = [torch.complex(v[:4], v[4:]) * torch.exp(1j * angles[i]) for v, i in ((query, 0), (key, 1))]
-    expected = (turned[0] * turned[1].conj()).real.sum()
-    found = (maskgit.turn(query[None, None, None], angles[0]) * maskgit.turn(key[None, None, None], angles[1])).sum()
-    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+    angles = maskgit.rotary_angles(coords, 8)  # a pair of numbers is turned as a complex one is
+    turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.exp(1j * angles)
+    found = maskgit.turn(x[..., :8], angles)
+    torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], dim=-1))
 
 
 @pytest.mark.parametrize("rotary", [False, True])
@@ -350,52 +291,45 @@ def test_only_coordinates_tell_tokens_apart_and_each_image_may_have_its_own(rota
 def test_heads_by_hand_and_no_logit_for_mask(head, norm):
     """Tied and cosine compare the state with each code's row of the embedding table."""
     model = tiny_model(head=head, norm=norm)
-    states = []
     coords = grid_coords(2, 2)
+    tokens = torch.tensor([[0, 4, 5, 2]])
+    inputs = 4 * model.embedding.weight[tokens] + maskgit.position_encoding(coords, 16)
+    states = []
+    model.blocks[0].register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
+    model.to_logits.register_forward_hook(lambda module, arguments, output: states.append(output))
     if head == "tied":
         torch.nn.init.normal_(model.bias)
-    model.to_logits.register_forward_hook(lambda module, arguments, output: states.append(output))
-    model.blocks[0].register_forward_pre_hook(lambda module, arguments: states.append(arguments[0]))
-    tokens = torch.tensor([[0, 4, model.mask_id, 2]])
     logits = model(tokens, coords)
-    inputs = states.pop(0)
-    positions = maskgit.position_encoding(coords, 16)
-    torch.testing.assert_close(inputs, 4 * model.embedding.weight[tokens] + positions[None])
     assert model.mask_id == 5 and logits.shape == (1, 4, 5)
-    for t, k in itertools.product(range(4), range(5) if head != "linear" else ()):
-        state = states[0][0, t]
-        code = model.embedding.weight[k]
-        expected = (state * code).sum()
-        expected = expected + model.bias[k] if head == "tied" else expected / (state.norm() * code.norm())
-        assert logits[0, t, k].item() == pytest.approx(expected.item(), abs=1e-5)
-    if head == "cosine":  # a learned temperature multiplies the similarities
-        model = tiny_model(head=head, norm=norm, learn_temperature=True)
-        torch.nn.init.constant_(model.log_scale, math.log(7))
-        torch.testing.assert_close(model(tokens, coords), 7 * logits)
+    torch.testing.assert_close(states[0], inputs)
+    products = torch.einsum("btd,kd->btk", states[1], model.embedding.weight[:5]) if head != "linear" else logits
+    if head == "tied":
+        products = products + model.bias
+    if head == "cosine":
+        products = products / states[1].norm(dim=-1, keepdim=True) / model.embedding.weight[:5].norm(dim=-1)
+        scaled = tiny_model(head=head, norm=norm, learn_temperature=True)
+        torch.nn.init.constant_(scaled.log_scale, math.log(7))
+        torch.testing.assert_close(scaled(tokens, coords), 7 * logits)
+    torch.testing.assert_close(logits, products)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Masking
 
 
-@pytest.mark.parametrize(
-    ("name", "half"),
-    [("cosine", 2**-0.5), ("linear", 0.5), ("square", 0.75), ("cubic", 0.875), ("sqrt", 1 - 2**-0.5)]
-    + [("arccos", 2 / 3), ("log", 1 - math.log2(1.5)), ("exp", 1 - (math.e**0.5 - 1) / (math.e - 1))],
-)
-def test_schedules_fall_from_one_to_zero(name, half):
-    gamma = SCHEDULES[name]
-    r = np.linspace(0, 1, 101)
-    assert [gamma(0.0), gamma(0.5), gamma(1.0)] == pytest.approx([1, half, 0], abs=1e-12)
-    assert (np.diff(gamma(r)) < 0).all() and gamma(0.3) == pytest.approx(gamma(r)[30])
-    assert len(SCHEDULES) == 8
+def test_schedules_fall_from_one_to_zero():
+    halves = {"cosine": 2**-0.5, "linear": 0.5, "square": 0.75, "cubic": 0.875, "sqrt": 1 - 2**-0.5}
+    halves |= {"arccos": 2 / 3, "log": 1 - math.log2(1.5), "exp": 1 - (math.e**0.5 - 1) / (math.e - 1)}
+    assert maskgit.SCHEDULES.keys() == halves.keys()
+    for name, gamma in maskgit.SCHEDULES.items():
+        assert [gamma(0.0), gamma(0.5), gamma(1.0)] == pytest.approx([1, halves[name], 0], abs=1e-12)
+        assert (np.diff(gamma(np.linspace(0, 1, 101))) < 0).all(), name
 
 
 def test_masks_hide_exact_counts_and_every_token_equally_often():
     mask = random_mask((5, 64), torch.tensor([0.0, 0.01, 0.2, 0.5, 1.0]), seeded())
     assert mask.dtype == torch.bool and mask.sum(dim=1).tolist() == [1, 1, 13, 32, 64]
-    assert random_mask((3, 10), 0.25, seeded()).sum(dim=1).tolist() == [3, 3, 3]
-    for ratio, tokens, count in ((0.55, 100, 55), (0.07, 100, 7), (0.14, 50, 7), (0.5500001, 100, 56)):
+    for ratio, tokens, count in ((0.55, 100, 55), (0.14, 50, 7), (0.5500001, 100, 56)):
         assert int(random_mask((1, tokens), ratio).sum()) == count, "products of floats are rounded before they rise"
     assert torch.equal(*(random_mask((3, 10), 0.25, seeded(1)) for _ in range(2)))
     assert training_mask((6, 100), "0.2+single+linear", seeded()).sum(dim=1)[:4].tolist() == [20, 20, 1, 1]
@@ -404,41 +338,27 @@ def test_masks_hide_exact_counts_and_every_token_equally_often():
 
 
 def test_training_masks_are_the_boxes_of_two_tokens_and_the_halves():
-    """On a grid with its rows: every box and half occurs, and nothing else; at other coordinates by counting."""
-    coords = grid_coords(3, 4)
-    found = {}
-    for kind in ("box", "half"):
-        found[kind] = set(map(tuple, training_mask((4000, 12), kind, seeded(), coords).tolist()))
-    rows, columns = (list(itertools.combinations_with_replacement(range(n), 2)) for n in (3, 4))
-    boxes = [lambda x, y, r=r, c=c: r[0] <= y <= r[1] and c[0] <= x <= c[1] for r in rows for c in columns]
-    halves = [lambda x, y: x < 2, lambda x, y: x >= 2, lambda x, y: y < 1, lambda x, y: y > 1]
-    for kind, holes in (("box", boxes), ("half", halves)):
-        assert found[kind] == {tuple(hole(x, y) for x, y in coords.tolist()) for hole in holes}
-    points = torch.rand(50, 20, 2, generator=seeded(1))
-    mask = training_mask((50, 20), "half+box", seeded(2), points)
-    for hidden, at in zip(mask[:25], points[:25], strict=True):
-        beyond = at > (at.amin(dim=0) + at.amax(dim=0)) / 2
-        assert any(torch.equal(hidden, half) for half in (*beyond.T, *~beyond.T))
-    for hidden, at in zip(mask[25:], points[25:], strict=True):
-        inside = (at[hidden].amin(dim=0) <= at) & (at <= at[hidden].amax(dim=0))
-        assert hidden.any() and torch.equal(hidden, inside.all(dim=1))
+    """Of a grid, a line and a point, as rows of one batch: each of them occurs and nothing else."""
+    places = [grid_coords(3, 4), grid_coords(12, 1), torch.zeros(12, 2)]
+    coords = torch.stack(places).repeat_interleave(2000, dim=0)
+    mask = training_mask((12000, 12), "half+box", seeded(), torch.cat([coords, coords.flip(0)]))
+    halves, boxes = ([set(map(tuple, rows.tolist())) for rows in part.split(2000)] for part in mask.split(6000))
+    line = (*6 * [True], *6 * [False])
+    of_grid = [lambda x, y: x < 2, lambda x, y: x >= 2, lambda x, y: y < 1, lambda x, y: y > 1]
+    expected = {tuple(hole(x, y) for x, y in places[0].tolist()) for hole in of_grid}
+    assert halves == [expected, {line, line[::-1]}, {12 * (True,)}]
+    for at, found in zip(places, boxes[::-1], strict=True):
+        spans = [(torch.minimum(a, b), torch.maximum(a, b)) for a, b in itertools.product(at, repeat=2)]
+        assert found == {tuple(((low <= at) & (at <= high)).all(dim=1).tolist()) for low, high in spans}
+    masks = [training_mask((9, 12), "box", seeded(), at) for at in (places[0].long(), coords[:9])]
+    assert torch.equal(*masks), "of any type, and the same for all rows"
 
 
-@pytest.mark.parametrize("coords", [grid_coords(1, 16), grid_coords(16, 1).long(), torch.zeros(16, 2)])
-def test_training_masks_always_hide_something(coords):
-    """A line has two halves, a single place one."""
-    rows = [(8 * [True], 8 * [False]), (8 * [False], 8 * [True])] if coords.any() else [(8 * [True], 8 * [True])]
-    found = set(map(tuple, training_mask((200, 16), "half", seeded(), coords).tolist()))
-    assert found == {(*a, *b) for a, b in rows}
-    assert training_mask((200, 16), "box", seeded(), coords).any(dim=1).all()
-
-
-@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
-def test_the_extremes_of_the_random_numbers_are_masks(kind, extreme, monkeypatch):
+def test_the_extremes_of_the_random_numbers_are_masks(extreme, monkeypatch):
     """The least and the largest number that torch.rand draws: as r they round to 0 and to 1."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
-    for rows in (1, 16):
+    for kind, rows in itertools.product(maskgit.SCHEDULES, (1, 16)):
         hidden = training_mask((rows, 9), kind).sum(dim=1)
         assert hidden.min() >= 1 and hidden.max() <= 9
         assert hidden[-1] == 1 if extreme else hidden[0] == 9
@@ -464,9 +384,15 @@ def ragged_batch(seed, images=6, tokens=16, codes=5):
     return ids, mask
 
 
+def decode_ragged(model=None, seed=0, **options):
+    tokens, mask = ragged_batch(seed)
+    options = {"tokens": tokens, "mask": mask, "coords": grid_coords(4, 4), "generator": seeded()} | options
+    return decode(model or tiny_model(), **options)
+
+
 def lazy(state):
     """An order at its own pace that wants the first half of the images' even places, and then nothing."""
-    return (state.place % 2 == 0) & (state.image < 3) & (state.step < 3)
+    return (state.place % 2 == 0) & (state.row < 3) & (state.step < 3)
 
 
 def eager(state):
@@ -478,28 +404,21 @@ OWN_PACE = {"entropy", lazy, eager}
 
 
 @pytest.mark.parametrize("order", [*ORDERS, lazy, eager])
-@pytest.mark.parametrize(
-    ("schedule", "sample", "steps"),
-    [
-        ("cosine", "categorical", 1),
-        ("cosine", "argmax", 20),
-        *((schedule, "categorical", 8) for schedule in [*SCHEDULES, lambda r: 1 - r]),
-    ],
-)
+@pytest.mark.parametrize("schedule", [*maskgit.SCHEDULES, lambda r: 1 - r])
+@pytest.mark.parametrize(("sample", "steps"), [("categorical", 1), ("categorical", 8), ("argmax", 20)])
 def test_decode_keeps_its_promises(order, schedule, sample, steps):
     model = tiny_model(dropout=0.5)
-    coords = grid_coords(4, 4)
     trace = []
     tokens, mask = ragged_batch(steps)
-    inputs = (tokens.clone(), mask.clone())
-    gamma = SCHEDULES.get(schedule, schedule)
-    arguments = {"steps": steps, "schedule": schedule, "order": order, "sample": sample}
-    result = decode(model, tokens, mask, coords, generator=seeded(), trace=trace, **arguments)
+    given = {"tokens": tokens.clone(), "mask": mask.clone()}
+    gamma = maskgit.SCHEDULES.get(schedule, schedule)
+    options = {"steps": steps, "schedule": schedule, "order": order, "sample": sample}
+    result = decode_ragged(model, trace=trace, **given, **options)
     assert torch.equal(result[~mask], tokens[~mask]), "given tokens come back unchanged"
     assert result.min() >= 0 and result.max() < model.mask_id, "no [MASK] comes out"
     other_contents = torch.where(mask, (tokens + 1) % 5, tokens)
-    assert torch.equal(result, decode(model, other_contents, mask, coords, generator=seeded(), **arguments))
-    assert torch.equal(tokens, inputs[0]) and torch.equal(mask, inputs[1]), "inputs are left alone"
+    assert torch.equal(result, decode_ragged(model, tokens=other_contents, mask=mask, **options))
+    assert torch.equal(tokens, given["tokens"]) and torch.equal(mask, given["mask"]), "inputs are left alone"
 
     start = had = mask.sum(dim=1)
     before = tokens.masked_fill(mask, model.mask_id)
@@ -519,7 +438,7 @@ def test_decode_keeps_its_promises(order, schedule, sample, steps):
     assert len(trace) <= steps and not trace[-1][1].any()
 
 
-@pytest.mark.parametrize(("steps", "tokens"), [(100, 100), (50, 100), (29, 29)])
+@pytest.mark.parametrize(("steps", "tokens"), [(50, 100), (29, 29)])
 def test_a_linear_schedule_takes_as_many_each_time(steps, tokens):
     """Though 0.29 * 100 is 28.999999999999996: and no call is left out."""
     trace = []
@@ -527,76 +446,53 @@ def test_a_linear_schedule_takes_as_many_each_time(steps, tokens):
     assert [int(hidden.sum()) for _, hidden in trace] == list(range(tokens - tokens // steps, -1, -tokens // steps))
 
 
-class No64(TorchDispatchMode):
-    """Apple's devices have no float64."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
-        return result
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_decode_takes_what_people_have(order):
-    """Any integers as tokens and as coordinates, and models of any precision, without float64 on the way."""
+    """Any integers as tokens and as coordinates, and models of any precision."""
     tokens, mask = ragged_batch(0)
     options = {"steps": 5, "order": order, "sample": "argmax"}
-    expected = decode(tiny_model(), tokens, mask, grid_coords(4, 4), generator=seeded(), **options)
-    for kind in (torch.int32, torch.uint8, torch.int16):
-        with No64():
-            found = decode(
-                tiny_model(), tokens.to(kind), mask, grid_coords(4, 4).to(kind), generator=seeded(), **options
-            )
+    expected = decode_ragged(**options)
+    for kind in (torch.int32, torch.uint8):
+        found = decode_ragged(tokens=tokens.to(kind), coords=grid_coords(4, 4).to(kind), **options)
         assert found.dtype == torch.int64 and torch.equal(found, expected)
-    for kind in (torch.float16, torch.bfloat16):
-        model = tiny_model().to(kind)
-        found = decode(model, tokens, mask, grid_coords(4, 4), steps=1, sample="argmax", order=order)
-        exact = decode(tiny_model(), tokens, mask, grid_coords(4, 4), steps=1, sample="argmax", order=order)
-        assert (found == exact).float().mean() > 0.9
-    bytes_of_many = decode(tiny_model(codes=1024), tokens.byte(), mask, grid_coords(4, 4), **options)
+    assert torch.equal(decode_ragged(tokens=tokens.masked_fill(mask, -1), **options), expected)
+    bytes_of_many = decode_ragged(tiny_model(codes=1024), tokens=tokens.byte(), **options)
     assert torch.equal(bytes_of_many[~mask], tokens[~mask])
-    hidden = tokens.masked_fill(mask, -1)
-    assert torch.equal(decode(tiny_model(), hidden, mask, grid_coords(4, 4), generator=seeded(), **options), expected)
+    options["steps"] = 1
+    for kind in (torch.float16, torch.bfloat16):
+        found = decode_ragged(tiny_model().to(kind), **options)
+        assert (found == decode_ragged(**options)).float().mean() > 0.9
 
 
+@torch.no_grad()
 def test_an_order_sees_the_step_and_is_obeyed():
     """What it is told, against the trace; and just the tokens that it wants are committed, as they were sampled."""
     model = tiny_model()
     coords = grid_coords(4, 4)
-    trace = []
-    told = []
-    tokens, mask = ragged_batch(2)
+    shown, before = tokens, mask = ragged_batch(2)
+    trace, told = [], []
 
     def sample(state):
         assert state.tokens is None
         return (state.place + state.step) % 5
 
     def order(state):
-        assert torch.equal(state.tokens, sample(state._replace(tokens=None)))
-        state.memory["calls"] = state.memory.get("calls", 0) + 1
-        told.append(state._replace(memory=dict(state.memory)))
+        told.append(state)
         return state.place % 3 == state.step % 3
 
-    options = {"steps": 20, "schedule": "linear", "order": order, "sample": sample, "trace": trace}
-    decode(model, tokens, mask, coords, generator=seeded(), **options)
-    shown = tokens.masked_fill(mask, 5)
-    before = mask
+    decode_ragged(model, 2, steps=20, schedule="linear", order=order, sample=sample, trace=trace)
     for t, (step, (now, hidden)) in enumerate(zip(told, trace, strict=True), start=1):
-        assert torch.equal(torch.stack([step.image, step.place]), before.nonzero().T)
-        with torch.no_grad():
-            expected = model(shown, coords).log_softmax(dim=-1)[before]
+        assert (step.step, step.steps) == (t, 20) and torch.equal(step.coords, coords.expand(6, 16, 2))
+        assert torch.equal(torch.stack([step.row, step.place]), before.nonzero().T)
+        expected = model(shown.masked_fill(before, 5), coords).log_softmax(dim=-1)[before]
         torch.testing.assert_close(step.log_probs, expected, rtol=1e-4, atol=1e-5)
-        assert torch.equal(step.coords, coords.expand(6, 16, 2)) and step.memory == {"calls": t}
-        assert (step.step, step.steps) == (t, 20)
         scheduled = (mask.sum(dim=1) * (1 - t / 20)).floor()
         assert torch.equal(step.left, scheduled.minimum(before.sum(dim=1) - 1).clamp(min=0).long())
-        wanted = before & (torch.arange(16) % 3 == t % 3)
-        committed = before & ~hidden
-        obeyed = wanted.any(dim=1)
-        assert torch.equal(committed[obeyed], wanted[obeyed]) and (committed[~obeyed].sum(dim=1) <= 1).all()
-        assert torch.equal(now[committed], ((torch.arange(16) + t) % 5).expand(6, 16)[committed])
-        shown = now
-        before = hidden
+        assert torch.equal(step.tokens, (step.place + t) % 5)
+        assert torch.equal(now[before & ~hidden], ((torch.arange(16) + t) % 5).expand(6, 16)[before & ~hidden])
+        for was, left, wanted in zip(before, hidden, before & (torch.arange(16) % 3 == t % 3), strict=True):
+            assert torch.equal(was & ~left, wanted) or (not wanted.any() and (was & ~left).sum() == was.any())
+        shown, before = now, hidden
 
 
 class FixedMarginals:
@@ -646,17 +542,13 @@ def test_confidence_is_noisy_at_first_and_not_at_last(log_probability):
     probabilities = torch.tensor([0.9, 0.5])
     n = 20000
     log_probs = torch.stack([probabilities, 1 - probabilities], dim=-1).log().repeat(n, 1)
-    image = torch.arange(2 * n) // 2
-    place = torch.arange(2 * n) % 2
+    tokens = torch.zeros(2 * n, dtype=torch.int64)
+    first, second = probabilities.log().tolist() if log_probability else probabilities.tolist()
     for t, temperature in ((1, 4.5), (3, 4.5), (3, 1.0), (4, 4.5)):
-        step = maskgit.Step(log_probs, torch.zeros_like(image), image, place, None, None, t, 4, seeded(), {})
+        step = maskgit.Step(log_probs, None, None, None, None, t, 4, seeded(), tokens)
         priority = maskgit.by_confidence(step, temperature, log_probability).view(n, 2)
-        gap = math.log(0.9 / 0.5) if log_probability else 0.9 - 0.5
         noise = temperature * (1 - t / 4)
-        expected = 1 / (1 + math.exp(-gap / noise)) if noise else 1.0
-        confidence = math.log(0.9) if log_probability else 0.9
-        mean = confidence + 0.5772 * noise  # of the first token; Gumbel noise has Euler's constant for its mean
-        assert priority[:, 0].mean().item() == pytest.approx(mean, abs=0.05 * noise + 1e-5)
+        expected = 1 / (1 + math.exp((second - first) / noise)) if noise else 1.0
         assert (priority[:, 0] > priority[:, 1]).float().mean().item() == pytest.approx(expected, abs=0.018)
 
 
@@ -669,122 +561,65 @@ def test_entropy_commits_the_most_uncertain_and_what_the_budget_allows():
     assert committed_first("entropy", probabilities) == [[0], [2], [4], [1], [3]]
     uncertain = [[0.5 + 0.01 * i, 0.5 - 0.01 * i] for i in range(8)]  # then the schedule asks for the most certain
     assert committed_first("entropy", uncertain, steps=4, schedule="linear") == [[0, 7], [1, 6], [2, 5], [3, 4]]
-    order = functools.partial(maskgit.by_entropy, budget=0.1)
-    drawn = decode_from_nothing([[0.995, 0.005], [0.6, 0.4]], 20000, order=order, steps=1).float().mean(dim=0)
-    assert drawn.tolist() == pytest.approx([0.005, 0.4], abs=0.002, rel=0.05)
 
 
 def test_stop_after_commits_the_rest():
-    tokens, mask = ragged_batch(3)
-    short = []
-    whole = []
+    short, whole = [], []
     for trace, stop_after in ((short, 3), (whole, None)):
-        options = {"steps": 10, "order": "confidence", "stop_after": stop_after, "generator": seeded()}
-        assert decode(tiny_model(), tokens, mask, grid_coords(4, 4), trace=trace, **options).max() < 5
+        assert decode_ragged(steps=10, order="confidence", stop_after=stop_after, trace=trace).max() < 5
     assert len(short) == 3 and torch.equal(short[0][0], whole[0][0])
 
 
 def test_finished_images_cost_no_more_calls():
     model = FixedMarginals([[0.6, 0.4]] * 4)
     mask = torch.tensor([[True] * 4, [True] + [False] * 3, [False] * 4])
-    decode(model, torch.zeros(3, 4, dtype=torch.int64), mask, grid_coords(2, 2), steps=4, order="random")
-    assert model.sizes == [2, 1, 1, 1]
-    assert not decode(model, torch.zeros(3, 4, dtype=torch.int64), mask & False, grid_coords(2, 2)).any()
-    assert len(model.sizes) == 4
+    for hidden in (mask, mask & False):
+        decode(model, torch.zeros(3, 4, dtype=torch.int64), hidden, grid_coords(2, 2), steps=4, order="random")
+        assert model.sizes == [2, 1, 1, 1]
 
 
 def test_evidence_is_added_to_the_logits_of_its_own_token():
     """Evidence for one code in each token overrules the model, whichever images are finished."""
-    model = tiny_model()
-    tokens = torch.zeros(3, 6, dtype=torch.int64)
-    coords = grid_coords(2, 3)
-    mask = random_mask((3, 6), torch.tensor([0.2, 0.6, 1.0]), seeded())
-    wanted = torch.randint(5, (3, 6), generator=seeded(1))
-    evidence = 100.0 * F.one_hot(wanted, 5)
-    found = decode(model, tokens, mask, coords, order="confidence", steps=4, evidence=evidence, generator=seeded())
+    tokens, mask = ragged_batch(0)
+    wanted = torch.randint(5, (6, 16), generator=seeded(1))
+    found = decode_ragged(order="confidence", steps=4, evidence=100.0 * F.one_hot(wanted, 5))
     assert torch.equal(found, torch.where(mask, wanted, tokens))
 
 
 # ---------------------------------------------------------------------------------------------------
 # What the functions refuse
 
-
-def decode_with(**wrong):
-    tokens, mask = ragged_batch(0)
-    return decode(**{"model": tiny_model(), "tokens": tokens, "mask": mask, "coords": grid_coords(4, 4)} | wrong)
-
-
-class OneTooMany:
-    """A model that has a logit for [MASK], as many do."""
-
-    mask_id = 5
-
-    def __call__(self, tokens, coords):
-        return torch.zeros(*tokens.shape, 6)
-
-
-NO_NUMBERS = torch.full((6, 16, 5), math.nan)
-ROWS = np.random.default_rng(0).random((9, 3))
+ONE_TOO_MANY = Mock(mask_id=5, training=False, return_value=torch.zeros(5, 16, 6))  # a logit for [MASK], too
 REFUSED = [
-    ("only 3 of the 150 points are distinct", lambda: kmeans(np.repeat(np.eye(3), 50, axis=0), 4)),
-    ("only 1 of the 2 points", lambda: kmeans(np.array([[0.0], [-0.0]]), 2)),
+    ("fewer of the 3 points are distinct", lambda: kmeans(np.array([[0.0], [-0.0], [1.0]]), 3)),
     ("finite", lambda: kmeans(np.array([[0.0], [np.nan]]), 1)),
-    ("finite", lambda: kmeans(np.array([[0.0], [np.inf]]), 1)),
-    ("shape", lambda: kmeans(np.zeros(5), 1)),
-    ("at least 1", lambda: kmeans(np.zeros((5, 2)), 0)),
-    (r"init has shape \(2, 3\)", lambda: kmeans(ROWS, 4, init=np.zeros((2, 3)))),
-    ("1 channels", lambda: PatchTokenizer(np.zeros((2, 27)), 3).encode(np.zeros((1, 9, 9, 1)))),
-    ("10x9", lambda: PatchTokenizer(np.zeros((2, 27)), 3).encode(np.zeros((1, 9, 10, 3)))),
+    (r"init has shape \(2, 3\)", lambda: kmeans(np.eye(3), 3, init=np.zeros((2, 3)))),
+    ("10x9", lambda: maskgit.image_patches(np.zeros((1, 9, 10, 3)), 3, 3)),
     ("stride 4", lambda: PatchTokenizer(np.zeros((2, 27)), 3, stride=4)),
     ("divisible by 4", lambda: maskgit.position_encoding(grid_coords(2, 2), 18)),
     ("split, printed", lambda: maskgit.position_encoding(grid_coords(2, 2), 16, "learned")),
-    ("divisible by 4, not 6", lambda: maskgit.rotary_angles(grid_coords(2, 2), 6)),
     ("pre, post", lambda: tiny_model(norm="none")),
     ("linear, tied, cosine", lambda: tiny_model(head="mlp")),
-    ("16 is not divisible by 3 heads", lambda: tiny_model(heads=3)),
     ("cosine head", lambda: tiny_model(head="tied", learn_temperature=True)),
     ("between 0 and 1", lambda: random_mask((2, 4), 1.5)),
-    *(
-        (f"'{part}' is no mask", functools.partial(training_mask, (6, 100), f"{kind}{part}"))
-        for kind, part in (("", "sideways"), ("0.2+", ""), ("", "1.5"), ("box+", "nan"), ("", "-0.1"))
-    ),
-    ("unknown order 'raster'", lambda: decode_with(order="raster")),
-    (r"order returned \(1,\)", lambda: decode_with(order=lambda state: state.tokens[:1])),
-    ("unknown schedule 'quadratic'", lambda: decode_with(schedule="quadratic")),
-    ("unknown sample 'greedy'", lambda: decode_with(sample="greedy")),
-    (r"sample returned \(1,\)", lambda: decode_with(sample=lambda state: state.place[:1])),
-    ("none of the codes", lambda: decode_with(sample=lambda state: state.place + 5)),
-    ("none of the codes", lambda: decode_with(order=lambda state: state.tokens.fill_(1000) > 0)),
-    ("at least 1", lambda: decode_with(steps=0)),
-    ("at least 1", lambda: decode_with(stop_after=0)),
-    ("argmax", lambda: decode_with(temperature=0.0)),
-    ("bool", lambda: decode_with(mask=torch.zeros(6, 16))),
-    ("must agree", lambda: decode_with(mask=torch.zeros(6, 15, dtype=torch.bool))),
-    ("tokens are 5 .. 5, but the codes are 0 .. 4", lambda: decode_with(tokens=torch.full((6, 16), 5))),
-    ("tokens are -1 .. -1", lambda: decode_with(tokens=torch.full((6, 16), -1))),
-    ("integers, not torch.float32", lambda: decode_with(tokens=torch.zeros(6, 16))),
-    ("integers, not torch.bool", lambda: decode_with(tokens=torch.zeros(6, 16, dtype=torch.bool))),
-    (r"coords are \(16, 3\)", lambda: decode_with(coords=torch.zeros(16, 3))),
-    (r"coords are \(4, 4, 2\)", lambda: decode_with(coords=grid_coords(4, 4).view(4, 4, 2))),
-    (r"logits are \(5, 16, 6\), not \(5, 16, 5\)", lambda: decode_with(model=OneTooMany())),
-    (r"model\.eval\(\)", lambda: decode_with(model=tiny_model().train())),
-    ("no numbers", lambda: decode_with(evidence=NO_NUMBERS)),
-    ("no numbers", lambda: decode_with(evidence=NO_NUMBERS, order="confidence")),
-    ("cannot be split", lambda: trained(accumulate=25)),
-    ("without validate there is no 'loss'", lambda: trained(best_by="loss")),
-    ("needs the coordinates", lambda: training_mask((6, 100), "0.2+half")),
-    ("precision 'fp16'; choose from auto, float32, bf16", lambda: Recipe(precision="fp16")),
-    ("muon, adamw", lambda: Recipe(optimizer="sgd")),
-    ("linear, constant", lambda: Recipe(decay="step")),
-    ("steps is 0; it must be at least 1", lambda: Recipe(steps=0)),
-    ("steps is 'many', not of type int", lambda: Recipe(steps="many")),
-    ("lr is nan", lambda: Recipe(lr=math.nan)),
-    ("lr is None", lambda: Recipe(lr=None)),
-    ("betas is 1.0; it must be at least 0.0 and below 1.0", lambda: Recipe(betas=(0.9, 1.0))),
-    (r"betas is \(0.9,\), not of type tuple\[float, float\]", lambda: Recipe(betas=(0.9,))),
-    ("betas is 0.9, not of type tuple", lambda: Recipe(betas=0.9)),
+    ("'nan' is no mask", lambda: training_mask((6, 100), "nan")),
+    (r"\(1,\) of the order, 45 hidden tokens", lambda: decode_ragged(order=lambda state: state.tokens[:1])),
+    ("none of the codes", lambda: decode_ragged(sample=lambda state: state.place + 5)),
+    ("at least 1", lambda: decode_ragged(steps=0)),
+    ("above 0", lambda: decode_ragged(temperature=0.0)),
+    ("must agree", lambda: decode_ragged(mask=torch.zeros(6, 1, dtype=torch.bool))),
+    ("tokens are 5 .. 5, the codes 0 .. 4", lambda: decode_ragged(tokens=torch.full((6, 16), 5))),
+    ("tokens are -1 .. -1", lambda: decode_ragged(tokens=torch.full((6, 16), -1))),
+    ("integers, not torch.float32", lambda: decode_ragged(tokens=torch.zeros(6, 16))),
+    (r"logits are \(5, 16, 6\)", lambda: decode_ragged(ONE_TOO_MANY)),
+    (r"model\.eval\(\)", lambda: decode_ragged(tiny_model().train())),
+    ("no numbers", lambda: decode_ragged(evidence=torch.full((6, 16, 5), math.nan))),
+    ("precision 'fp16'; choose from auto, float32, bf16", lambda: recipe(precision="fp16")),
+    ("clip is 0.0", lambda: recipe(clip=0.0)),
+    ("lr is nan", lambda: recipe(lr=math.nan)),
+    ("steps is 'many', not of type int", lambda: recipe(steps="many")),
+    (r"betas is \(0.9, 1.0\); it must be at least 0.0 and below 1.0", lambda: recipe(betas=(0.9, 1.0))),
     ("'sideways' is no mask", lambda: maskgit.Experiment(mask="cosine+sideways")),
-    ("nothing to plot", lambda: maskgit.line_plot({"a": ([1], [-1])}, title="t", x_label="", y_label="", log_y=True)),
 ]
 
 
@@ -810,39 +645,29 @@ def placed_batch(step):
     return tokens, mask, coords + torch.arange(24)[:, None, None]
 
 
-def broken_off_at(stop, step):
-    if step == stop:
-        raise KeyboardInterrupt
-    return striped_batch(step)
-
-
 def recipe(**settings):
-    return Recipe(**{"steps": 20, "lr": 0.01, "optimizer": "adamw", "precision": "float32"} | settings)
+    return maskgit.Recipe(**{"steps": 20, "lr": 0.01, "optimizer": "adamw", "precision": "float32"} | settings)
 
 
 def trained(batch=striped_batch, *, dropout=0.0, **settings):
     """The weights of a tiny model after training, and the rows of its log."""
     model = tiny_model(codes=2, dropout=dropout)
-    options = {
-        name: settings.pop(name) for name in ("out", "resume", "force", "validate", "best_by") if name in settings
-    }
+    options = {name: settings.pop(name) for name in list(settings) if name not in asdict(recipe())}
     rows = train(model, batch, recipe(**settings), **options)
     return weights(model), rows
 
 
 @pytest.fixture
-def checkpoints_at(monkeypatch):
-    """Whether model.pt is due depends on the step alone: it is written after these, and at the end."""
-    report = maskgit.Run.report
+def saving(monkeypatch):
+    """saving(4, 8, stop=11) are batches that let a run save after these steps, and in the end, and break off at 11."""
 
-    def patch(*steps):
-        def report_at(run, *arguments):
-            monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", -1 if run.step in steps else math.inf)
-            report(run, *arguments)
+    def batch(saves, stop, step):
+        if step == stop:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", -1 if step + 1 in saves else math.inf)
+        return striped_batch(step)
 
-        monkeypatch.setattr(maskgit.Run, "report", report_at)
-
-    return patch
+    return lambda *saves, stop=None: functools.partial(batch, saves, stop)
 
 
 def gradients_by_hand(model, every_position=False):
@@ -855,20 +680,21 @@ def gradients_by_hand(model, every_position=False):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_learns_and_returns_the_log(optimizer, tmp_path):
+def test_training_learns_and_returns_the_log(optimizer, tmp_path, capsys):
     out = tmp_path / "new" / "run"
     found, rows = trained(steps=90, log_rows=3, optimizer=optimizer, out=out, warmup=5)
     assert rows[-1]["loss"] < 0.2 < math.log(2)  # what is left: images hidden altogether
     assert [row["step"] for row in rows] == logged(out, "step") == [30, 60, 90]
     assert [row["loss"] for row in rows] == logged(out, "loss")
+    assert re.search(r"step 90/90  loss 0\.\d{4}  [\d.]+ steps/s  0:00 left *\n$", capsys.readouterr().err)
     assert torch.equal(saved_weights(out), found) and saved(out)["step"] == 90
     assert not saved(out)["model"].training and saved(out)["tokenizer"] is None
 
 
-@pytest.mark.parametrize("accumulate", [1, 5, 24])
+@pytest.mark.parametrize("accumulate", [1, 5, 30])
 @pytest.mark.parametrize("counted", ["masked", "all"])
 def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, counted):
-    """Parts with different numbers of hidden tokens must not be averaged as equals."""
+    """Parts with different numbers of hidden tokens must not be averaged as equals; some may be empty."""
     loss, gradients = gradients_by_hand(tiny_model(codes=2), every_position=counted == "all")
     (row,) = trained(steps=1, accumulate=accumulate, loss=counted)[1]
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
@@ -879,7 +705,7 @@ def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, counted):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_first_step_by_hand(optimizer):
     """AdamW moves every weight by lr against the sign of its gradient. Muon has the matrices of the blocks, and moves
-    them by orthogonal ones of the same size, however unlike each other the gradient's axes are. Only those decay."""
+    them by orthogonal ones of the same size. Only those decay."""
     model = tiny_model(codes=2, head="tied", rotary=False)
     matrices = {id(parameter) for parameter in model.blocks.parameters() if parameter.ndim == 2}
     before = [p.detach().clone() for p in model.parameters()]
@@ -891,9 +717,7 @@ def test_first_step_by_hand(optimizer):
         step = (parameter.detach() - start * (1 - 0.01 * 0.5 * in_blocks)) / 0.01
         if in_blocks and optimizer == "muon":
             sizes = torch.linalg.svdvals(step)[:4]
-            of_gradient = torch.linalg.svdvals(gradient)[:4]
             assert (sizes / (0.2 * math.sqrt(max(step.shape))) - 1).abs().max() < 0.4
-            assert of_gradient[3] < 0.1 * of_gradient[0]
         else:
             large = gradient.abs() > 1e-5
             torch.testing.assert_close(step[large], -gradient.sign()[large], rtol=0, atol=2e-3)
@@ -909,17 +733,16 @@ def test_learning_rate_rises_and_falls():
 def test_muon_has_the_precision_of_the_training(precision):
     """Newton and Schulz's polynomials of a random matrix by float64."""
     model = tiny_model(codes=2)
-    start = tiny_model(codes=2)
     target = model.blocks[0].mlp[0].weight
-    gradient = torch.randn(64, 16, generator=seeded())
-    x = gradient.double().T / gradient.double().norm()  # the first step's momentum has the gradient's direction
+    start = target.detach().clone()
+    target.grad = torch.randn(64, 16, generator=seeded())
+    x = target.grad.double().T / target.grad.double().norm()  # the first step's momentum has the gradient's direction
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    options = {"optimizer": "muon", "warmup": 0, "clip": math.inf, "precision": precision}
-    target.grad = gradient.clone()
-    maskgit.Run(model, recipe(**options)).update(0.0)
-    moved = (start.blocks[0].mlp[0].weight - target).detach() / (0.01 * 0.2 * 8)
+    settings = recipe(optimizer="muon", warmup=0, clip=math.inf, precision=precision)
+    maskgit.update(model, maskgit.make_optimizers(model, settings), settings, 0)
+    moved = (start - target).detach() / (0.01 * 0.2 * 8)
     error = (moved - x.T).norm() / x.norm()
     assert error < 1e-4 if precision == "float32" else 1e-4 < error < 0.05
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16, "only the optimiser is told otherwise"
@@ -933,122 +756,75 @@ def test_gradients_are_clipped():
     assert moves[1] < 0.2 * moves[0]  # so small that AdamW's epsilon shows
 
 
+def test_bf16_trains_close_to_float32():
+    exact, near = (trained(steps=30, log_rows=1, precision=p)[1][0]["loss"] for p in ("float32", "bf16"))
+    assert near == pytest.approx(exact, rel=0.05) and near != exact
+
+
 @pytest.mark.parametrize("options", [{}, {"optimizer": "muon", "accumulate": 3}])
-def test_resumed_run_is_bit_identical(options, tmp_path, checkpoints_at):
+def test_resumed_run_is_bit_identical(options, tmp_path, saving):
     """With dropout, after a run that broke off between two checkpoints and two rows of the log."""
     options = {"log_rows": 3, "dropout": 0.1} | options
     undisturbed, rows = trained(**options)
     assert not torch.equal(undisturbed, trained(seed=1, **options)[0]), "dropout follows the seed"
-    checkpoints_at(4, 8, 12)
     with pytest.raises(KeyboardInterrupt):
-        trained(functools.partial(broken_off_at, 11), out=tmp_path, **options)
+        trained(saving(4, 8, 12, stop=11), out=tmp_path, **options)
     assert saved(tmp_path)["step"] == 8
     resumed, resumed_rows = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(resumed, undisturbed) and logged(tmp_path, "step") == [6, 12, 18, 20]
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
 
 
-@pytest.mark.parametrize("checkpoint", [3, 6])
-def test_of_two_runs_in_one_folder_the_later_to_save_ends(checkpoint, tmp_path, checkpoints_at):
-    def another_begins(step):
-        if step == 4:
-            trained(steps=2, out=tmp_path, force=True)
-            os.utime(tmp_path / "model.pt", (later := time.time() + 5, later))  # as if it had taken so long
-        return striped_batch(step)
-
-    checkpoints_at(checkpoint)
-    assert "another run has written" in refusal(trained, another_begins, steps=6, out=tmp_path)
-    assert saved(tmp_path)["step"] == 2
-    checkpoints_at(1, 2, 3)
-    trained(steps=4, out=tmp_path, force=True)  # one after the other
-    assert saved(tmp_path)["step"] == 4
+def test_dropout_has_seeds_of_its_own():
+    """Another in each step, and none that a part of a batch may have."""
+    seeds = set()
+    trained(lambda step: seeds.add(torch.initial_seed()) or striped_batch(step), steps=5)
+    assert len(seeds) == 5
+    assert seeds.isdisjoint(maskgit.step_seed(0, step, part) for step in range(5) for part in range(100))
 
 
-def test_checkpoints_are_two_minutes_apart(tmp_path, monkeypatch):
-    """Of 9 steps that take 50 seconds each the first save is after the third, and so on."""
-    found = []
-    now = 0.0
-    monkeypatch.setattr(maskgit.time, "monotonic", lambda: now)
-
-    def batch(step):
-        nonlocal now
-        now += 50
-        found.append(saved(tmp_path)["step"] if (tmp_path / "model.pt").exists() else 0)
-        return striped_batch(step)
-
-    trained(batch, steps=9, out=tmp_path)
-    assert found == [0, 0, 0, 3, 3, 3, 6, 6, 6]
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_the_time_left_is_that_of_the_last_seconds(terminal, tmp_path, monkeypatch, capsys):
-    """Ten steps take a minute, the others two seconds each, also in a run that was broken off and resumed."""
-    now = 0.0
-    monkeypatch.setattr(maskgit.time, "monotonic", lambda: now)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-
-    def batch(stop, step):
-        nonlocal now
-        now += 60 if step < 10 else 2
-        return broken_off_at(stop, step)
-
-    with pytest.raises(KeyboardInterrupt):
-        trained(functools.partial(batch, 25), steps=40, out=tmp_path)
-    trained(functools.partial(batch, None), steps=40, out=tmp_path, resume=True)
-    said = capsys.readouterr().err.replace("\r", "\n")
-    lines = re.findall(r"step (\d+)/40 .* (\d+):(\d+) left", said)
-    left = [(int(step), 60 * int(minutes) + int(seconds)) for step, minutes, seconds in lines]
-    assert left[:10] == [(step, 60 * (40 - step)) for step in range(1, 11)]
-    late = [seconds == 2 * (40 - step) for step, seconds in left if step > 20]
-    assert all(late) and len(late) == (25 if terminal else 5)
-
-
-def test_the_best_validated_model_is_kept(tmp_path, checkpoints_at):
-    """The figures 3, 1, 2, 1.5 make the second row's model the result, also of a run that was broken off after it."""
+def test_the_best_validated_model_is_kept(tmp_path, saving):
+    """The second row's, where the first has no number; also of a run that was broken off after it."""
     seen = []
 
     def validate(model):
         assert not model.training
         seen.append(weights(model))
-        return {"figure": [3.0, 1.0, 2.0, 1.5][len(seen) - 1]}
+        return {"figure": [math.nan, 1.0, 3.0, 1.5][len(seen) - 1]}
 
     options = {"steps": 8, "log_rows": 4, "validate": validate, "best_by": "figure"}
     found, _ = trained(**options)
-    best = seen[1]
-    assert torch.equal(found, best) and not torch.equal(best, seen[3])
+    best, *_, last = seen[1:]
+    assert torch.equal(found, best) and not torch.equal(best, last)
     seen.clear()
-    checkpoints_at(6)
     with pytest.raises(KeyboardInterrupt):
-        trained(functools.partial(broken_off_at, 7), out=tmp_path, **options)
+        trained(saving(6, stop=7), out=tmp_path, **options)
     assert torch.equal(saved_weights(tmp_path), best)
     found, _ = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(found, best) and torch.equal(saved_weights(tmp_path), best) and len(seen) == 4
+    options["validate"] = lambda model: {"figure": math.nan}
+    assert torch.equal(trained(**options)[0], last), "without any number"
 
 
 def test_resume_refuses_another_recipe_another_model_and_no_checkpoint(tmp_path):
     resumed = functools.partial(refusal, trained, steps=2, out=tmp_path, resume=True)
-    assert "no checkpoint" in resumed()
+    assert "No such file" in resumed()
     trained(steps=2, out=tmp_path, lr=0.1)
     assert "holds a run already" in resumed(resume=False) and saved(tmp_path)["step"] == 2
     assert "lr=0.1, not 0.2" in resumed(lr=0.2)
     other = tiny_model(codes=2, dim=32)
     assert "dim=16, not 32" in refusal(train, other, striped_batch, recipe(steps=2, lr=0.1), out=tmp_path, resume=True)
-    for training in ({"model": {}}, None):
-        config = asdict(recipe(steps=2))
-        maskgit.save_checkpoint(tmp_path / "model.pt", tiny_model(codes=2), config=config, training=training)
-        assert "no training that fits" in resumed()
 
 
-def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, checkpoints_at):
+def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, saving):
     model = tiny_model(codes=2)
 
     def poisoned(step):
         if step == 5:
             torch.nn.init.constant_(model.embedding.weight, math.nan)
-        return striped_batch(step)
+        return saving(2, 4, 6)(step)
 
-    checkpoints_at(2, 4, 6)
-    said = refusal(train, model, poisoned, recipe(log_rows=10), out=tmp_path)
+    said = refusal(train, model, poisoned, recipe(log_rows=1), out=tmp_path)
     assert "no longer finite at step 6" in said
     for options in ({"steps": 2}, {"steps": 1}):  # the loss still was finite, before the update
         said = refusal(trained, lr=math.inf, warmup=0, decay="constant", out=tmp_path, force=True, **options)
@@ -1056,97 +832,34 @@ def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, checkpo
     assert saved(tmp_path)["step"] == 4 and saved_weights(tmp_path).isfinite().all()
 
 
-def test_batches_of_any_integers_and_none_that_hides_nothing(tmp_path):
-    def changed(change, first, step):
-        tokens, mask, coords = striped_batch(step)
-        return (*(change(tokens, mask) if step >= first else (tokens, mask)), coords)
-
-    expected, _ = trained(steps=3)
+def test_batches_of_any_integers_and_none_that_hides_nothing():
+    tokens, mask, coords = striped_batch(0)
+    expected, _ = trained(lambda step: (tokens, mask, coords), steps=3)
     for kind in (torch.int32, torch.uint8):
-        batch = functools.partial(changed, lambda tokens, mask, kind=kind: (tokens.to(kind), mask), 0)
-        assert torch.equal(trained(batch, steps=3)[0], expected)
-    for change, said in [
-        (lambda tokens, mask: (tokens, mask & False), r"batch\(2\) hides no token"),
-        (lambda tokens, mask: (tokens, mask[:, :1]), "must agree"),
-        (lambda tokens, mask: (tokens, mask.long()), "must agree, the mask as bool"),
-        (lambda tokens, mask: (tokens + 1, mask), "tokens are 1 .. 2, but the codes are 0 .. 1"),
-        (lambda tokens, mask: (tokens.float(), mask), "integers, not torch.float32"),
-    ]:
-        model = tiny_model(codes=2)
-        assert re.search(said, refusal(train, model, functools.partial(changed, change, 2), recipe()))
-        assert weights(model).isfinite().all()
+        assert torch.equal(trained(lambda step, kind=kind: (tokens.to(kind), mask, coords), steps=3)[0], expected)
+    assert "batch(0) hides no token" in refusal(trained, lambda step: (tokens, mask & False, coords))
+    assert "the mask as bool" in refusal(trained, lambda step: (tokens, mask.long(), coords))
+    assert "tokens are 1 .. 2, the codes 0 .. 1" in refusal(trained, lambda step: (tokens + 1, mask, coords))
 
 
-@beside_the_others
 def test_what_is_written_can_be_read(tmp_path):
-    """Numbers of numpy and of tensors wherever they may come from, and models that are compiled."""
+    """Numbers of numpy wherever they may come from, tensors beside them, and models that are compiled."""
+    model = torch.compile(tiny_model(codes=2), backend="eager")
     numbers = {"a": np.float32(0.5), "b": torch.tensor(0.25), "c": np.int64(3), "d": True}
-    settings = {"steps": np.int64(2), "lr": np.float64(0.01), "betas": (np.float32(0.5), 0.9), "seed": torch.tensor(1)}
-    model = torch.compile(tiny_model(codes=np.int64(2), dim=np.int32(16)), backend="eager")
-    tokenizer = PatchTokenizer(np.zeros((2, 27)), np.int64(3), np.int64(3))
-    options = {"out": tmp_path, "validate": lambda model: numbers, "tokenizer": tokenizer}
-    train(model, striped_batch, recipe(**settings), **options)
-    first = train(tiny_model(codes=2), striped_batch, recipe(**settings), resume=True, **options)[0]
+    options = {"out": tmp_path, "validate": lambda model: numbers}
+    train(model, striped_batch, recipe(steps=2), **options)
+    first = train(tiny_model(codes=2), striped_batch, recipe(steps=2), resume=True, **options)[0]
     assert [first[name] for name in numbers] == [0.5, 0.25, 3.0, 1.0]
     assert torch.equal(saved_weights(tmp_path), weights(model))
-    assert saved(tmp_path)["config"]["betas"] == (0.5, 0.9) and saved(tmp_path)["tokenizer"].patch == 3
-    config = {"a": np.float32(0.5), "b": [np.int64(1)], "c": {"d": np.bool_(True)}, "e": None}
+    model = tiny_model(codes=np.int64(2), dim=np.int32(16))
+    config = {"a": np.float32(0.5), "b": [np.int64(1), torch.tensor(2)], "c": {"d": np.bool_(True)}, "e": None}
     extra = {"a": torch.ones(2)}
-    maskgit.save_checkpoint(tmp_path / "other.pt", model, config=config, step=np.int64(7), extra=extra)
-    assert torch.equal(maskgit.load_checkpoint(tmp_path / "other.pt")["extra"]["a"], torch.ones(2))
-    assert maskgit.load_checkpoint(tmp_path / "other.pt")["config"] == {"a": 0.5, "b": [1], "c": {"d": True}, "e": None}
-
-
-def test_what_could_not_be_read_is_not_written(tmp_path):
-    path = tmp_path / "model.pt"
-    for config, said in [
-        ({"a": Path("b")}, "config's a is .*'b'"),
-        ({"a": [{1}]}, "config's a"),
-        ({"a": np.ones(2)}, "a is"),
-    ]:
-        assert re.search(said, refusal(maskgit.save_checkpoint, path, tiny_model(), config=config))
-    assert "no dict of tensors" in refusal(maskgit.save_checkpoint, path, tiny_model(), extra={"a": np.ones(2)})
-    wrapped = torch.nn.DataParallel(tiny_model(codes=2))
-    assert "give its .module" in refusal(maskgit.save_checkpoint, path, wrapped)
-    assert "give its .module" in refusal(train, wrapped, striped_batch, recipe(), out=tmp_path)
-    for figures, said in [
-        ({"x": "high"}, "must give numbers"),
-        ({"x": torch.ones(2)}, "must give numbers"),
-        ({"y": 1.0}, "gives no 'x' to choose the best model by, but y"),
-        ({"x": 1.0, "loss": 1.0, "step": 2}, "'loss', 'step', which log.csv has already"),
-    ]:
-        validate = lambda model, figures=figures: figures  # noqa: E731
-        assert said in refusal(trained, steps=1, out=tmp_path, validate=validate, best_by="x")
-    assert not list(tmp_path.glob("*"))
-
-
-def test_columns_may_come_and_go_and_numbers_be_none(tmp_path):
-    """The best row of those that have a number; log.csv has all the columns."""
-    rows = iter([{"x": math.nan}, {"x": 3.0, "y": 1.0}, {"z": 5.0, "x": 2.0}, {"x": math.nan, "y": 2.0}])
-    seen = []
-
-    def validate(model):
-        seen.append(weights(model))
-        return next(rows)
-
-    options = {"steps": 4, "log_rows": 4, "best_by": "x", "out": tmp_path}
-    assert torch.equal(trained(validate=validate, **options)[0], seen[2])
-    written = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
-    assert [row["y"] for row in written] == ["", "1.0", "", "2.0"] and [row["z"] for row in written] == [
-        "",
-        "",
-        "5.0",
-        "",
-    ]
-    found, _ = trained(validate=lambda model: {"x": math.nan}, **options, force=True)
-    assert torch.equal(found, trained(steps=4, log_rows=4)[0]), "without any number the last one"
-    trained(steps=4, out=tmp_path, force=True)
-    trained(validate=validate, resume=True, **options | {"log_rows": 20})  # the column is new
-
-
-def test_bf16_trains_close_to_float32():
-    exact, near = (trained(steps=30, log_rows=1, precision=p)[1][0]["loss"] for p in ("float32", "bf16"))
-    assert near == pytest.approx(exact, rel=0.05) and near != exact
+    compiled = torch.compile(model, backend="eager")
+    maskgit.save_checkpoint(tmp_path / "model.pt", compiled, config=config, step=np.int64(7), extra=extra)
+    assert torch.equal(saved_weights(tmp_path), weights(model))
+    assert torch.equal(saved(tmp_path)["extra"]["a"], torch.ones(2)) and saved(tmp_path)["step"] == 7
+    assert saved(tmp_path)["config"] == {"a": 0.5, "b": [1, 2], "c": {"d": True}, "e": None}
+    assert "of tensors" in refusal(maskgit.save_checkpoint, tmp_path / "model.pt", model, extra={"a": np.ones(2)})
 
 
 @pytest.mark.parametrize("function", ["torch.save", "os.fsync", "os.replace"])
@@ -1173,34 +886,25 @@ def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
     contents = torch.load(path)
     weight = whole.index(model.embedding.weight.detach().numpy().tobytes())
     flipped = whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :]
-    damaged = [b"", whole[: len(whole) // 2], b"not a checkpoint", flipped]
-    damaged += [Malicious(), [1, 2], {"weights": 1}]
-    damaged += [contents | {"architecture": {"codes": 5}}, contents | {"weights": {}}]
+    damaged = [b"", whole[: len(whole) // 2], flipped, Malicious(), [1, 2], contents | {"weights": {}}]
     for wrong in damaged:
         path.write_bytes(wrong) if isinstance(wrong, bytes) else torch.save(wrong, path)
         assert "model.pt is damaged or no checkpoint" in refusal(saved, tmp_path)
     assert not (tmp_path / "owned").exists()
-    assert "there is no checkpoint" in refusal(saved, tmp_path / "nowhere")
+    assert "No such file" in refusal(saved, tmp_path / "nowhere")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_cuda_trains_like_the_cpu(precision):
-    losses = []
-    for device in ("cpu", "cuda"):
-        model = tiny_model(codes=2).to(device)
-        losses.append(train(model, striped_batch, recipe(log_rows=1, precision=precision))[0]["loss"])
+def test_cuda_trains_like_the_cpu_and_decodes(precision):
+    models = [tiny_model(codes=2).to(device) for device in ("cpu", "cuda")]
+    losses = [train(model, striped_batch, recipe(log_rows=1, precision=precision))[0]["loss"] for model in models]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("order", ORDERS)
-def test_cuda_decodes(order):
-    model = tiny_model(codes=2).cuda()
     hidden = torch.ones(4, 16, dtype=torch.bool, device="cuda")
-    options = {"steps": 4, "order": order, "generator": torch.Generator("cuda").manual_seed(0)}
-    filled = decode(model, hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
-    assert filled.is_cuda and filled.max() < 2
+    for order in ORDERS:
+        options = {"steps": 4, "order": order, "generator": torch.Generator("cuda").manual_seed(0)}
+        filled = decode(models[1], hidden.long(), hidden, grid_coords(4, 4).cuda(), **options)
+        assert filled.is_cuda and filled.max() < 2
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1208,35 +912,70 @@ def test_cuda_decodes(order):
 
 
 def test_a_seed_makes_a_model_and_the_cpu_is_a_device():
-    first, again, other = (maskgit.Experiment(seed=seed, dim=8, heads=1).new_model(3, "cpu") for seed in (3, 3, 4))
-    assert torch.equal(weights(first), weights(again)) and not torch.equal(weights(first), weights(other))
-    assert maskgit.pick_device("cpu").type == "cpu" and maskgit.pick_device().type in ("cpu", "cuda")
+    models = (maskgit.Experiment(seed=seed, dim=8, heads=1).new_model(3, "cpu") for seed in (3, 3, 4))
+    first, again, other = map(weights, models)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    cpu = maskgit.pick_device("cpu")
+    assert recipe(precision="bf16").for_device(cpu).precision == "bf16"
+    assert recipe(precision="auto").for_device(cpu).precision == maskgit.fast_precision(cpu)
 
 
-def test_settings_become_flags_and_flags_settings():
-    """Those that are given win over a script's defaults, and these over the dataclass's own; all others stay."""
-    parser = maskgit.CommandLine()
-    maskgit.add_flags(parser, maskgit.Experiment, hidden=32, lr=0.5, rotary=False)
-    given = ["--betas", "0.5", "0.25", "--lr", "2", "--mask", "box+half", "--compile", "--rotary", "--loss", "all"]
-    found = maskgit.settings_from(parser.parse_args(given), maskgit.Experiment)
-    expected = dict(betas=(0.5, 0.25), lr=2.0, mask="box+half", compile=True, rotary=True, loss="all", hidden=32)
-    assert asdict(found) == asdict(maskgit.Experiment()) | expected
-    with pytest.raises(TypeError, match="unexpected"):
-        maskgit.add_flags(parser, maskgit.Experiment, learning_rate=1.0)
-    with pytest.raises(TypeError, match="unexpected"):
-        Recipe(learning_rate=1.0)
-    assert Recipe(precision="bf16").on(torch.device("cpu")).precision == "bf16"
-    assert Recipe().on(torch.device("cpu")).precision == maskgit.fast_precision(torch.device("cpu"))
+def test_settings_become_flags_and_flags_settings(monkeypatch, capsys):
+    """Flags win over a preset's defaults, these over a script's, and these over the dataclass's own."""
+
+    def differing(command):
+        parser = maskgit.CommandLine("")
+        parser.add_argument("--preset")
+        maskgit.add_flags(parser, maskgit.Experiment, hidden=32, lr=0.5, rotary=False)
+        monkeypatch.setattr(sys, "argv", ["script.py", *command.split()])
+        arguments = parser.parse_with(lambda first: {"steps": 77, "lr": 7.0} if first.preset == "large" else {})
+        found = asdict(maskgit.settings_from(arguments, maskgit.Experiment))
+        return {name: value for name, value in found.items() if value != getattr(maskgit.Experiment, name)}
+
+    assert differing("") == dict(hidden=32, lr=0.5, rotary=False)
+    assert differing("--lr 2 --preset large --rotary") == dict(hidden=32, lr=2.0, steps=77)
+    assert differing("--lr 4e-3 --rotary --hidden 0 --betas 0.5 0.25") == dict(betas=(0.5, 0.25))
+    with pytest.raises(SystemExit):
+        differing("--help --preset large")
+    assert "default 77" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line_and_a_bug_has_its_traceback(capsys):
+    for error, code, said in [
+        (maskgit.InputError("no such hole\nat all"), 2, "error: no such hole\n"),
+        (FileNotFoundError(2, "No such file", "a.png"), 2, "error: [Errno 2] No such file: 'a.png'\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: not enough memory: CUDA out of memory\n"),
+        (KeyboardInterrupt(), 130, "interrupted; --resume goes on from the last checkpoint\n"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            maskgit.run_as_script(Mock(side_effect=error))
+        assert stop.value.code == code and capsys.readouterr().err == said
+    for error in (ValueError, RuntimeError):
+        with pytest.raises(error):
+            maskgit.run_as_script(Mock(side_effect=error))
+
+
+def test_a_record_knows_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    (folder := tmp_path / "a folder").mkdir()
+    monkeypatch.setattr(maskgit, "__file__", str(folder / "maskgit.py"))
+    (folder / "toy.py").write_text("")
+    assert maskgit.run_record()["commit"] == "unknown"
+    for command in ("init", "add toy.py", "-c user.name=a -c user.email=a commit -m first"):
+        subprocess.run(["git", "-C", folder, *command.split()], check=True, capture_output=True)
+    for text in ("", "a change"):
+        (folder / "toy.py").write_text(text)
+        record = maskgit.run_record()
+        assert re.fullmatch("[0-9a-f]{7,}", record["commit"]) and record["changed"] == bool(text)
+    maskgit.write_figures(record, {"clip": math.inf}, {"kl": 0.5}, tmp_path / "new" / "a.json", None)
+    figures = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert figures == {**record, "minutes": figures["minutes"], "settings": {"clip": "inf"}, "kl": 0.5}
 
 
 def test_image_grid_puts_each_image_in_its_place(tmp_path):
     images = np.arange(6).reshape(6, 1, 1, 1) / 10 * np.ones((6, 2, 3, 1))
     sheet = np.asarray(maskgit.image_grid(images, 4, scale=5, gap=2))
     assert sheet.shape == (2 * 12 + 2, 4 * 17 + 2, 3)
-    for i in range(6):
-        top = 2 + i // 4 * 12
-        left = 2 + i % 4 * 17
-        assert (sheet[top : top + 10, left : left + 15] == round(i / 10 * 255)).all()
+    assert all((sheet[2 + i // 4 * 12 :, 2 + i % 4 * 17 :][:10, :15] == round(i / 10 * 255)).all() for i in range(6))
     assert (sheet[:2] == maskgit.FRAME).all() and (sheet[14:, 36:] == maskgit.FRAME).all()
     colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
     assert np.asarray(maskgit.image_grid(colour, 1, titles=["orange"]))[-5, 4].tolist() == [255, 128, 0]
@@ -1245,31 +984,16 @@ def test_image_grid_puts_each_image_in_its_place(tmp_path):
         assert gif.n_frames == 4 and gif.info["loop"] == 0
 
 
-def test_axis_ticks_are_round_and_inside():
-    def ticks(low, high, log=False):
-        return maskgit.axis([low, high], 0, 100, log)[1]
-
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(3, 7000, True) == [10, 100, 1000] and ticks(1, 64, True) == [1, 2, 5, 10, 20, 50]
-    assert ticks(0.21, 0.45, True) == pytest.approx([0.25, 0.3, 0.35, 0.4, 0.45])
-    position, _ = maskgit.axis([1, 100], 200, 0, True)
-    assert position(1) == 200 and position(10) == pytest.approx(100) and position(100) == 0
-    for low, high in ((0.2, 0.21), (-3, 12345), (5, 5)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 7 and min(low, 4.5) <= min(found) and max(found) <= max(high, 5.5) + 1e-9
-
-
 def test_line_plot_draws_the_curve_where_it_belongs():
     labels = {"title": "t", "x_label": "x", "y_label": "y"}
     picture = maskgit.line_plot({"flat": ([0, 1], [0.5, 0.5])}, references={"a": 0, "b": 1}, **labels)
     pixels = np.asarray(picture.convert("RGB")).astype(int)
     blue = (np.abs(pixels - [0, 0x72, 0xB2]).sum(axis=-1) < 60)[:, 80:650].nonzero()
     assert abs(np.median(blue[0]) - (60 + 468) / 2) <= 2 and blue[1].max() - blue[1].min() > 560
-    shown = {"a": ([1, 2], [1.0, 10.0])}
-    hidden = {"a": ([1, 2, 3, 0], [1.0, 10.0, math.nan, -1]), "nothing to show": ([1], [-1])}
-    both = itertools.product((shown, hidden), ({}, {"0": 0.0}))
-    pictures = {maskgit.line_plot(curves, references=levels, log_y=True, **labels).tobytes() for curves, levels in both}
-    assert len(pictures) == 1
+    shown, more = {"a": ([1, 2], [1, 10])}, {"a": ([1, 2, 2, 1], [1, 10, math.nan, -1])}
+    assert maskgit.line_plot(shown, log_y=True, **labels) == maskgit.line_plot(more, log_y=True, **labels)
+    assert maskgit.axis([0, 1], 0, 100)[1] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert maskgit.axis([3, 300], 200, 0, log=True)[0](30) == pytest.approx(100)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1279,27 +1003,29 @@ SQUARES = train_squares.all_squares(8, 2, 5)
 EXACT = train_squares.ExactModel(SQUARES)
 
 
-@pytest.mark.parametrize(("sides", "count"), [((2, 5), 126), ((2, 6), 135), ((1, 4), 174)])
-def test_number_of_squares(sides, count):
-    prior = train_squares.all_squares(8, *sides)
-    assert prior.shape == (count, 64) and len({tuple(image) for image in prior.tolist()}) == count
+@pytest.mark.parametrize(("low", "high", "count"), [(2, 5, 126), (2, 6, 135), (1, 4, 174)])
+def test_number_of_squares(low, high, count):
+    prior = train_squares.all_squares(8, low, high)
+    assert prior.shape == (count, 64) and len(prior.unique(dim=0)) == count
     for image in prior.reshape(-1, 8, 8):
         ys, xs = image.nonzero().T
         side = int(ys.max() - ys.min()) + 1
-        assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and sides[0] <= side <= sides[1]
+        assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and low <= side <= high
 
 
 def test_posterior_equals_counting():
     tokens = SQUARES[torch.randint(126, (40,), generator=seeded())]
     mask = training_mask(tokens.shape, "cosine", seeded(1))
     mask[0] = True
-    found = train_squares.posterior(SQUARES, tokens, mask)
+    shown = tokens.masked_fill(mask, 2)
+    of_pixels = train_squares.posterior(SQUARES, shown)
+    of_images = train_squares.image_posterior(SQUARES, shown)
     for row in range(40):
         agreeing = ((tokens[row] == SQUARES) | mask[row]).all(dim=1)
-        torch.testing.assert_close(found[row], SQUARES[agreeing].float().mean(dim=0))
+        torch.testing.assert_close(of_pixels[row], SQUARES[agreeing].float().mean(dim=0))
+        torch.testing.assert_close(of_images[row], agreeing.double() / agreeing.sum())
 
 
-@beside_the_others
 def test_scores_are_expectations_over_the_posterior():
     """An untrained model's loss is its mean over images as they are drawn; the posterior's is at the known limit."""
     model = tiny_model(codes=2)
@@ -1321,12 +1047,11 @@ def test_scores_are_expectations_over_the_posterior():
 
 def test_epochs_show_every_image_as_often_and_batches_spread_their_masks():
     settings = train_squares.Squares(seed=3, batch_size=50, presentations=2, mask="cosine")
-    batch, again = (train_squares.make_batch(SQUARES, settings) for _ in range(2))
+    batch, again, other = (train_squares.make_batch(SQUARES, replace(settings, seed=seed)) for seed in (3, 3, 4))
     shown = torch.cat([batch(step)[0] for step in range(126)])  # 6300 images: 25 epochs of 252
     for images, times in ((shown, 50), (shown[:252], 2)):
         assert ((images[:, None] == SQUARES).all(dim=-1).sum(dim=0) == times).all()
     assert all(map(torch.equal, batch(7), again(7))) and not torch.equal(shown[:252], shown[252:504])
-    other = train_squares.make_batch(SQUARES, replace(settings, seed=4))
     assert not any(map(torch.equal, batch(7)[:2], other(7)[:2]))
     gamma = [64 * math.cos(math.pi / 2 * i / 50) for i in range(51)]
     for i, hidden in enumerate(batch(7)[1].sum(dim=1).tolist()):
@@ -1344,36 +1069,35 @@ def test_completions_are_scored_exactly():
         for pixel in range(known, known + 3):
             p[i] *= np.mean([image[pixel] == images[i][pixel] for image in agreeing])
     options = {"order": lambda state: -state.place.float(), "steps": 3, "schedule": "linear"}
-    judge = functools.partial(
-        train_squares.judge_followed, train_squares.ExactModel(prior), prior, device="cpu", **options
-    )
-    result = judge(*train_squares.completion_inputs(prior)["nothing"])
+    exact = train_squares.ExactModel(prior)
+    nothing = train_squares.completion_inputs(prior)["nothing"]
+    result = train_squares.judge_followed(exact, prior, nothing, "cpu", **options)
     assert result["valid"] == pytest.approx(p.sum()) and result["kl"] == pytest.approx(-np.log(p * n).mean())
     assert result["total_variation"] == pytest.approx((np.abs(p - 1 / n).sum() + 1 - p.sum()) / 2)
     assert result["calls"] == pytest.approx(3) == result["most_calls"]
     # A corner is white: 1x1, or 2x2 with two pixels at once.
-    corner = judge(prior[:1], torch.tensor([[False] + [True] * 8]))
+    corner = train_squares.judge_followed(exact, prior, torch.tensor([[1] + [2] * 8]), "cpu", **options)
     assert corner["valid"] == pytest.approx(1 / 4 + 1 / 4) and corner["total_variation"] == pytest.approx(1 / 2)
 
 
 def test_completions_with_the_posteriors_marginals():
     """The entropy order samples the squares exactly, in few calls."""
     inputs = train_squares.completion_inputs(SQUARES)
-    for given, start in inputs.items():
-        result = train_squares.judge_followed(EXACT, SQUARES, *start, "cpu", order=maskgit.by_entropy)
+    for given, shown in inputs.items():
+        result = train_squares.judge_followed(EXACT, SQUARES, shown, "cpu", order=maskgit.by_entropy)
         assert result["valid"] == pytest.approx(1) and result["total_variation"] < 1e-6 > result["kl"], given
         assert result["calls"] < 9 and result["most_calls"] <= 20
-    masks = {given: mask for given, (_, mask) in inputs.items()}
-    assert (masks["random half"].sum(dim=1) == 32).all() and len(masks["random half"].unique(dim=0)) > 100
+    hidden = {given: shown == 2 for given, shown in inputs.items()}
+    assert (hidden["random half"].sum(dim=1) == 32).all() and len(hidden["random half"].unique(dim=0)) > 100
     columns = torch.arange(64) % 8
-    assert (masks["left half"] == (columns >= 4)).all() and (masks["bottom half"] == (torch.arange(64) < 32)).all()
+    assert (hidden["left half"] == (columns >= 4)).all() and (hidden["bottom half"] == (torch.arange(64) < 32)).all()
 
 
 def test_inputs_that_show_the_same_count_as_often_as_there_are():
     """Of the four 1x1 squares on 2x2 the top row is hidden: two show black, where a guess is right by half."""
     prior = train_squares.all_squares(2, 1, 1)
-    mask = torch.tensor([[True, True, False, False]]).expand(4, 4)
-    start = train_squares.ExactModel(prior), prior, prior, mask, "cpu"
+    shown = prior.masked_fill(torch.tensor([True, True, False, False]), 2)
+    start = train_squares.ExactModel(prior), prior, shown, "cpu"
     at_once = {"order": lambda state: -state.place.float(), "steps": 1}  # white and white, too
     followed = train_squares.judge_followed(*start, **at_once)
     counted = train_squares.judge_counted(*start, 40000, **at_once)
@@ -1385,8 +1109,9 @@ def test_inputs_that_show_the_same_count_as_often_as_there_are():
     assert counted["exact_sampling"] == pytest.approx((of_heads + of_heads) / 4, rel=0.2) and counted["draws"] == 40002
     result = train_squares.judge_followed(*start, order=maskgit.by_entropy)
     assert result["calls"] == pytest.approx((2 + 2 + 1 + 1) / 4) and result["valid"] == pytest.approx(1)
-    for order, said in ((maskgit.by_confidence, "drawn tokens"), (maskgit.at_random, "draws numbers")):
-        assert said in refusal(train_squares.judge_followed, *start, order=order)
+    for order in (lambda state: state.tokens.float(), maskgit.at_random):
+        with pytest.raises((AttributeError, TypeError)):  # since it looks at drawn tokens, or draws numbers
+            train_squares.judge_followed(*start, order=order)
 
 
 def test_presets_carry_the_sources_numbers(monkeypatch):
@@ -1422,14 +1147,11 @@ def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsample
     rng = np.random.default_rng(0)
     rectangles = train_rectangles.draw_rectangles(6, rng, "sparse")
     points = rng.random((6, 5, 2)) * 12
-    exact = train_rectangles.coverage(rectangles, points).reshape(6, 5, 4, 4)
-    along = (np.arange(4 * 8192) + 0.5) / 8192
-    for i, k in np.ndindex(6, 5):
-        x0, y0, x1, y1 = rectangles[i]
-        x, y = points[i, k]
-        inside_x = ((x0 < x + along) & (x + along < x1)).reshape(4, 8192).mean(axis=1)
-        inside_y = ((y0 < y + along) & (y + along < y1)).reshape(4, 8192).mean(axis=1)
-        np.testing.assert_allclose(exact[i, k], np.outer(inside_y, inside_x), atol=3e-4)
+    found = train_rectangles.coverage(rectangles, points).reshape(6, 5, 4, 4)
+    at = points[..., None] + (np.arange(4 * 8192) + 0.5) / 8192  # (6, 5, 2, 4 * 8192)
+    low, high = rectangles.reshape(6, 2, 1, 2, 1).swapaxes(0, 1)
+    x, y = ((low < at) & (at < high)).reshape(6, 5, 2, 4, 8192).mean(axis=-1).transpose(2, 0, 1, 3)
+    np.testing.assert_allclose(found, y[..., None] * x[..., None, :], atol=3e-4)
     rectangles = train_rectangles.draw_rectangles(4, 0)
     large = np.zeros((4, 256, 256))
     for picture, (x0, y0, x1, y1) in zip(large, (rectangles * 16).astype(int), strict=True):
@@ -1440,7 +1162,7 @@ def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsample
 
 def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_grids(tokenizer):
     assert tokenizer.centroids.shape == (20, 16) and (tokenizer.patch, tokenizer.stride) == (4, 1)
-    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(100, [0, 0]))
+    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(100, 0))
     patches = maskgit.image_patches(images, 4, 1).reshape(-1, 16)
     labels = tokenizer.nearest(patches)
     for code, centroid in enumerate(tokenizer.centroids):  # each is the mean of what it stands for
@@ -1448,8 +1170,6 @@ def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_gr
     rectangles = train_rectangles.draw_rectangles(50, 1, "sparse")
     grid = tokenizer.encode(train_rectangles.paint_rectangles(rectangles)).reshape(50, 169)
     assert (tokenizer.nearest(train_rectangles.coverage(rectangles, train_rectangles.GRID_POINTS)) == grid).all()
-    chosen = np.tile([[3.0, 0.0], [12.0, 7.0]], (50, 1, 1))
-    assert (tokenizer.nearest(train_rectangles.coverage(rectangles, chosen)) == grid[:, [3, 7 * 13 + 12]]).all()
 
 
 def test_batches_depend_on_the_step_alone(tokenizer):
@@ -1468,28 +1188,24 @@ def test_batches_depend_on_the_step_alone(tokenizer):
         assert len({str(row) for step in range(5) for row in batch(step)[shown].tolist()}) == 2
 
 
-@beside_the_others
-def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior():
+def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior(tokenizer):
     """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
-    tokenizer = train_rectangles.fit_tokenizer(0)
     truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (2, 100_000))
     test = train_rectangles.make_test("sparse", truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
-    posterior = iter(test.posterior.numpy())
-    for points, tokens, mask in zip(test.points, test.tokens, test.mask, strict=True):
+    for points, tokens, mask, posterior in zip(test.points, test.tokens, test.mask, test.posterior, strict=True):
         drawn = tokenizer.nearest(train_rectangles.coverage(prior, points))
         agreeing = drawn[(drawn == tokens)[:, ~mask].all(axis=1)]
         assert len(agreeing) > 200
-        for position in np.flatnonzero(mask):
-            expected = np.bincount(agreeing[:, position], minlength=20) / len(agreeing)
-            assert np.abs(next(posterior) - expected).sum() / 2 < 0.1
+        for place in range(5):
+            expected = np.bincount(agreeing[:, place], minlength=20) / len(agreeing)
+            assert np.abs(posterior[place] - expected).sum() / 2 < 0.1
     # With a single, hidden patch the chain reaches the prior whatever it starts from. Two uniform corners in [0, 16] at
     # least 2 apart are both in [4, 16], on an axis, with the probability (10 / 14)^2; one such axis leaves it empty.
     truth = np.tile([[0.0, 0.0, 16.0, 16.0]], (40, 1))
     points = np.zeros((40, 1, 2))
-    rng = np.random.default_rng(0)
     mask = np.ones((40, 1), dtype=bool)
-    chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, rng, "sparse")
-    states = np.concatenate([state.copy() for state, _ in itertools.islice(chain, 1000, 3000, 10)])
+    chain = train_rectangles.posterior_chain(truth, points, mask, tokenizer, np.random.default_rng(0), "sparse")
+    states = np.concatenate([state for state, _ in itertools.islice(chain, 1000, 3000, 10)])
     empty = (train_rectangles.coverage(states, points[0]).sum(axis=(1, 2)) == 0).mean()
     assert empty == pytest.approx(1 - (1 - (10 / 14) ** 2) ** 2, abs=0.04)
 
@@ -1501,20 +1217,21 @@ def test_the_posterior_agrees_with_what_is_visible_and_is_the_limit(task, count,
     drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
     assert (drawn == test.tokens)[~test.mask].all() and not np.array_equal(test.draws, rectangles)
     assert (test.draws * 16 == np.rint(test.draws * 16)).all() == (task == "grid")
-    assert (test.posterior.sum(dim=1) - 1).abs().max() < 1e-5
-    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: test.posterior.log().clamp(min=-50))
+    posterior = torch.from_numpy(test.posterior[test.mask])
+    assert (posterior.sum(dim=1) - 1).abs().max() < 1e-5
+    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: posterior.log().clamp(min=-50))
     perfect = train_rectangles.score(None, test)
     codes = test.tokens[test.mask]
     assert perfect["cross_entropy"] == pytest.approx(perfect["limit"], rel=1e-5)
     assert perfect["accuracy"] == perfect["posterior_accuracy"]
     assert perfect["commonest"] == pytest.approx(max(np.mean(codes == code) for code in range(20)))
     assert perfect["hits"] == perfect["posterior_hits"] == pytest.approx(perfect["accuracy"], abs=0.08)
-    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: torch.full_like(test.posterior, 0.05).log())
+    monkeypatch.setattr(train_rectangles, "hidden_log_probs", lambda *_: torch.full_like(posterior, 0.05).log())
     assert train_rectangles.score(None, test)["cross_entropy"] == pytest.approx(math.log(20), rel=1e-5)
 
 
 def test_picture_errors_by_hand(tokenizer, monkeypatch):
-    test = train_rectangles.make_test("grid", train_rectangles.draw_rectangles(2, 0), tokenizer, mask="half")
+    test = train_rectangles.make_test("grid", train_rectangles.draw_rectangles(2, 0), tokenizer, mask="left half")
     assert test.mask.reshape(2, 13, 13).tolist() == [[[True] * 6 + [False] * 7] * 13] * 2
     drawn, likeliest = np.random.default_rng(0).integers(20, size=(2, 2, 169))
     monkeypatch.setattr(train_rectangles, "fill", lambda *_, sample=None: likeliest if sample else drawn)
@@ -1557,84 +1274,66 @@ TINY = ["--dim", "8", "--heads", "2", "--layers", "1", "--hidden", "16", "--batc
 TINY += ["--grid", "4", "--max-side", "3", "--device", "cpu", "--precision", "float32"]
 SMALL = ["--dim", "16", "--heads", "2", "--layers", "1", "--batch-size", "8", "--steps", "4"]
 SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
-FIXED = "--task sparse --rectangles 3 --fixed-points"
-POINTS = "6 points, 12 points, 48 points, 96 points"
+FIXED = [*SMALL, "--task", "sparse", "--rectangles", "3", "--fixed-points"]
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "scored", "printed"),
+    ("script", "options", "scored"),
     [
-        (train_squares, "", "cosine+cosine+cosine+half, cosine, single, 0.2", "cosine masking, one masked pixel"),
-        (train_rectangles, "", "unseen rectangles, cosine masking, left half hidden", "mean error of a cell"),
-        (train_rectangles, "--task sparse", f"unseen rectangles, {POINTS}", "share"),
-        (train_rectangles, FIXED, f"unseen rectangles, training rectangles, {POINTS}", "training rectangles"),
+        (train_squares, TINY, "cosine+cosine+cosine+half, cosine, single, 0.2"),
+        (train_rectangles, SMALL, "unseen rectangles, cosine masking, left half hidden"),
+        (train_rectangles, FIXED, "unseen rectangles, training rectangles, 6 points, 12 points, 48 points, 96 points"),
     ],
 )
-def test_a_run_leaves_what_it_promises(script, options, scored, printed, tmp_path, monkeypatch, capsys):
+def test_a_run_leaves_what_it_promises(script, options, scored, tmp_path, monkeypatch, capsys):
+    squares = script is train_squares
     out = tmp_path / "run"
     copy = tmp_path / "new folder" / "figures.json"
-    squares = script is train_squares
-    arguments = [*(TINY if squares else SMALL), "--steps", "4", *options.split(), "--out", out]
-    extra = ["--weights", tmp_path / "small.pt"] if squares else []
-    assert call(script, *arguments, "--json", copy, *extra) == 0
+    small = tmp_path / "small.pt"
+    arguments = [*options, "--steps", "4", "--out", out]
+    assert call(script, *arguments, "--json", copy, *(["--weights", small] if squares else [])) == 0
     screen = capsys.readouterr().out
-    figures = json.loads(copy.read_text())
-    if squares:
-        small = maskgit.load_checkpoint(tmp_path / "small.pt")
-        assert small["training"] is None and torch.equal(weights(small["model"]), saved_weights(out))
-        assert figures["weights_sha256"] == hashlib.sha256((tmp_path / "small.pt").read_bytes()).hexdigest()
-    assert all(text in screen for text in [*printed.split(", "), str(out / "samples.png")])
-    pictures = ["loss.png", "samples.png"]
-    pictures += ["prior.png", "decode.gif"] if squares else ["rectangles.png", "centroids.png"]
-    assert {path.name for path in out.iterdir()} == {"model.pt", "log.csv", "metrics.json", *pictures}
+    assert all(train_squares.TASKS.get(name, name) in screen for name in scored.split(", "))
+    pictures = {"prior.png", "decode.gif"} if squares else {"rectangles.png", "centroids.png"}
+    pictures |= {"loss.png", "samples.png"}
+    assert {path.name for path in out.iterdir()} == {"model.pt", "log.csv", "metrics.json"} | pictures
     for name in pictures:
         Image.open(out / name).verify()
-    assert figures == json.loads((out / "metrics.json").read_text())
-    required = {"command", "commit", "machine", "settings", "seconds", "completions" if squares else "log"}
-    assert required <= figures.keys()
+        assert str(out / name) in screen
+    figures = json.loads((out / "metrics.json").read_text())
+    assert figures == json.loads(copy.read_text())
+    assert {"command", "commit", "machine", "settings", "seconds", "completions" if squares else "log"} <= set(figures)
     scores = figures["tasks" if squares else "scores"]
     assert ", ".join(scores) == scored
     for row in scores.values():
         assert row["cross_entropy"] >= row["limit"] and row["accuracy"] <= row["posterior_accuracy"]
-        assert squares == (row.get("kl", 0) > 0)
-    assert saved(out)["model"].mask_id == (2 if squares else 20)
-    assert squares or saved(out)["tokenizer"].centroids.shape == (20, 16)
+    if squares:
+        assert torch.equal(weights(maskgit.load_checkpoint(small)["model"]), saved_weights(out))
+        assert figures["weights_sha256"] == hashlib.sha256(small.read_bytes()).hexdigest()
     before = (out / "model.pt").read_bytes()
     assert call(script, *arguments) == 2, "a finished run is not overwritten"
     assert "holds a run already" in capsys.readouterr().err and (out / "model.pt").read_bytes() == before
-    with monkeypatch.context() as patch:
-        patch.setattr(train_rectangles, "fit_tokenizer", None)  # a resumed run takes the one it has
-        assert call(script, *arguments, "--resume") == 0
-    assert json.loads((out / "metrics.json").read_text())["tasks" if squares else "scores"] == scores
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "score_completions" if squares else "score", Mock(side_effect=OSError))
-        assert call(script, *arguments, "--force", "--steps", "5") == 2
-    assert saved(out)["step"] == 5
+    monkeypatch.setattr(script, "fit_tokenizer", None, raising=False)  # a resumed run takes the one it has
+    assert call(script, *arguments, "--resume", "--json", copy) == 0
+    assert json.loads(copy.read_text())["tasks" if squares else "scores"] == scores
 
 
 SLOWLY = """
-import time, maskgit, train_rectangles
-
-def save_slowly(*arguments, save=maskgit.save_checkpoint, **options):
-    save(*arguments, **options)
-    time.sleep(0.1)
-
-maskgit.save_checkpoint = save_slowly
+import os, time, maskgit, train_rectangles
 maskgit.CHECKPOINT_SECONDS = 0
+os.fsync = lambda file: time.sleep(0.1)
 maskgit.run_as_script(train_rectangles.main)
 """
 
 
-@beside_the_others
 def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
     arguments = ["--task", "sparse", *SMALL, "--steps", "20", "--dropout", "0.1", "--out"]
     once = tmp_path / "once"
     killed = tmp_path / "killed"
     assert call(train_rectangles, *arguments, once) == 0
-    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-c", SLOWLY, *arguments, killed]
-    with subprocess.Popen(script, cwd=HERE, env=environment, **pipes) as process:
+    with subprocess.Popen(script, cwd=HERE, env=environment, stderr=subprocess.DEVNULL) as process:
         while not (killed / "model.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.kill()
@@ -1644,38 +1343,28 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("message", "squares", "rectangles"),
+    ("script", "arguments", "message"),
     [
-        ("it must be", "--steps 0, --lr -1, --lr nan, --dropout 1", "--rectangles 0, --points 1"),
-        ("is below", "", "--proposals 9, --test-images 7"),
-        ("invalid", "--steps many, --head none, --preset post3", "--task round"),
-        ("unrecognized arguments", "--completions", "--remedies"),
-        ("is no mask", "--mask quarter, --mask 1.5", "--mask sideways, --mask 0.2+1.5"),
-        ("do not fit a grid of", "--grid 4 --max-side 5, --min-side 4 --max-side 3", ""),
-        ("divisible by", "--heads 5, --dim 6 --heads 2", "--dim 18"),
-        ("cannot be used", "--device tpu, --device cuda:99", "--device abacus"),
-        ("cannot be split", "--accumulate 1000", ""),
-        ("there is no checkpoint", "--resume", "--resume --out nowhere"),
-        ("Not a directory", "--out file/run", ""),
-        ("need a number of rectangles", "", "--fixed-points"),
-        ("are for the sparse task", "", "--rectangles 5 --fixed-points, --points 5"),
-        ("a name is empty", "--out=, --json=", "--out="),
-        ("not allowed with", "--resume --force", "--force --resume"),
-        ("unrecognized arguments", "--step 5", "--pre float32"),
-        ("below 9223372036854775808", f"--seed {2**63}", f"--seed {2**64}"),
-        ("run of another script", "", "--resume --out squares"),
+        (train_squares, "--lr nan", "it must be at least 0"),
+        (train_squares, "--step 5", "unrecognized arguments"),
+        (train_squares, "--resume --force", "not allowed with"),
+        (train_squares, "--grid 4", "max side"),
+        (train_squares, "--heads 5", "divisible by"),
+        (train_squares, "--device cuda:99", "cannot be used"),
+        (train_squares, "--out file/run", "Not a directory"),
+        (train_rectangles, "--resume", "no checkpoint"),
+        (train_rectangles, "--proposals 9", "is below 10"),
+        (train_rectangles, "--fixed-points", "need a number of rectangles"),
+        (train_rectangles, "--points 5", "are for the sparse task"),
     ],
 )
-def test_bad_input_gets_one_line_and_code_2(message, squares, rectangles, tmp_path, monkeypatch, capsys):
+def test_bad_input_gets_one_line_and_code_2(script, arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("in the way")
-    maskgit.save_checkpoint("squares/model.pt", tiny_model())
-    for script, inputs in ((train_squares, squares), (train_rectangles, rectangles)):
-        for arguments in filter(None, inputs.split(", ")):
-            assert call(script, *arguments.split()) == 2, arguments
-            complaint = capsys.readouterr().err
-            assert complaint.startswith("error: ") and complaint.count("\n") == 1 and message in complaint, arguments
-            assert sorted(path.name for path in Path().rglob("*")) == ["file", "model.pt", "squares"], arguments
+    assert call(script, *arguments.split()) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("error: ") and complaint.count("\n") == 1 and message in complaint
+    assert [path.name for path in Path().rglob("*")] == ["file"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2278,88 +1967,68 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------
 # Several processes, as torchrun starts them, with gloo
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ADAMW = ["--optimizer", "adamw", "--lr", "0.001"]
-PARALLEL = {
-    train_squares: [*TINY, *ADAMW, "--steps", "12", "--accumulate", "2"],
-    inpaint: [*TINY_CATS, *ADAMW],
-}
-TOGETHER = """
-import os, sys, time, torch
-from pathlib import Path
-import inpaint, maskgit, train_squares
-from test_maskgit import placed_batch, recipe, tiny_model
+ADAMW = ["--optimizer", "adamw", "--lr", "0.001", "--out"]
+PARALLEL = {"train_squares": [*TINY, "--steps", "12", "--accumulate", "2", *ADAMW], "inpaint": [*TINY_CATS, *ADAMW]}
+EIGHT_STEPS = {"steps": 8, "lr": 0.001, "log_rows": 1}
 
-train_squares.EXACT_DRAWS = train_squares.MODEL_DRAWS = 20
-for script, sys.argv in {0}:
-    maskgit.run_as_script(sys.modules[script].main)
-for name in ("first", "second", "own"):
-    if os.environ["RANK"] == "0":
-        time.sleep(0.2)  # the other one would find an earlier address
-    if name == "own":
-        torch.distributed.init_process_group("gloo")
-    maskgit.train(tiny_model(codes=2), placed_batch, recipe(steps=3, lr=0.001), out=Path({1!r}, name))
-    assert torch.distributed.is_initialized() == (name == "own")
+
+def trained_by_figures():
+    """The weights of a training whose first row has the best figure, and its log but for the seconds."""
+    figures = iter([1.0, 2.0, 3.0])
+    options = {"validate": lambda model: {"figure": next(figures)}, "best_by": "figure"}
+    found, rows = trained(placed_batch, steps=3, lr=0.001, **options)
+    return found, [row | {"seconds": 0} for row in rows]
+
+
+def train_together(out):
+    """What each of two processes does. In its last training the second one is killed."""
+
+    def batch(step):
+        if step == 4 and os.environ["RANK"] == "1":
+            time.sleep(2)  # the other one may still be writing
+            signal.raise_signal(signal.SIGKILL)
+        return striped_batch(step)
+
+    for name, options in PARALLEL.items():
+        assert call(sys.modules[name], *options, out / name) == 0 and torch.distributed.is_initialized()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(cores + 1)
+    torch.save(trained_by_figures(), out / f"rank{os.environ['RANK']}")
     assert torch.get_num_threads() == max(1, cores // 2)
-time.sleep(0.5)  # Gloo's threads need the interpreter once more
-torch.distributed.destroy_process_group()
-"""
+    maskgit.CHECKPOINT_SECONDS = 0
+    trained(batch, out=out / "killed", **EIGHT_STEPS)
 
 
-STOPS = """
-import os, signal, time
-import maskgit
-from test_maskgit import striped_batch, tiny_model
-
-def batch(step):
-    if step == 4 and os.environ.get("RANK") == "1":
-        time.sleep(2)  # the other one may still be writing
-        signal.raise_signal(signal.SIGKILL)
-    return striped_batch(step)
-
-maskgit.CHECKPOINT_SECONDS = 0
-recipe = maskgit.Recipe(steps=8, log_rows=1, optimizer="adamw", lr=0.001, precision="float32")
-maskgit.train(tiny_model(codes=2), batch, recipe, out={0!r}, resume={1})
-"""
-
-
-@beside_the_others
-def test_two_processes_agree_with_one_and_stop_together(tmp_path, monkeypatch):
-    """On the same global batch: equal loss and weights, one writer. Two scripts, then three trainings, of which the
-    last has a process group at hand. Then one of both is killed: the last checkpoint stays whole, and resumed by one
-    process that run ends as one of a single process does."""
-    calls = []
-    for script, options in PARALLEL.items():
-        calls.append((script.__name__, ["code.py", *options, "--out", str(tmp_path / "two" / script.__name__)]))
-    code = TOGETHER.format(calls, str(tmp_path)) + STOPS.format(str(tmp_path / "two" / "killed"), False)
-    (tmp_path / "code.py").write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, str(tmp_path / "code.py")]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+def test_two_processes_agree_with_one_and_stop_together(tmp_path, capsys):
+    """On the same global batch: equal loss and weights, one writer; by two scripts, and a training in the group that
+    the first of them has made. Then one of both is killed: the last checkpoint stays whole, and resumed by one process
+    that run ends as one of a single process does."""
+    (two := tmp_path / "two").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [
+        sys.executable,
+        "-c",
+        f"from test_maskgit import Path, train_together; train_together(Path({str(two)!r}))",
+    ]
+    finished = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert finished.returncode != 0 and "SIGKILL" in finished.stderr, finished.stderr
-    assert [path.name for path in (tmp_path / "two" / "killed").iterdir()] == ["model.pt"]
-    assert saved(tmp_path / "two" / "killed")["step"] == 4
 
-    said = io.StringIO()
-    for script, options in PARALLEL.items():
-        one, two = (tmp_path / processes / script.__name__ for processes in ("one", "two"))
-        with contextlib.redirect_stdout(said):
-            assert call(script, *options, "--out", one) == 0
-        torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
+    for name, options in PARALLEL.items():
+        assert call(sys.modules[name], *options, tmp_path / name) == 0
+        torch.testing.assert_close(saved_weights(two / name), saved_weights(tmp_path / name), rtol=0, atol=1e-4)
         for column in ("loss", "gradient_norm"):
-            assert logged(two, column) == pytest.approx(logged(one, column), rel=1e-3)
+            assert logged(two / name, column) == pytest.approx(logged(tmp_path / name, column), rel=1e-3)
     # Counted, since two writers may interleave.
-    assert finished.stdout.count("pictures:") == said.getvalue().count("pictures:") > 0
-    alone, _ = trained(placed_batch, steps=3, lr=0.001)
-    for name in ("first", "second", "own"):
-        torch.testing.assert_close(saved_weights(tmp_path / name), alone, rtol=0, atol=1e-4)
+    assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
 
-    monkeypatch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)  # the code sets it, too: this takes it back in the end
-    one, two = (tmp_path / processes / "killed" for processes in ("one", "two"))
-    for out, resume in ((one, False), (two, True)):
-        exec(STOPS.format(str(out), resume), {})
-    torch.testing.assert_close(saved_weights(two), saved_weights(one), rtol=0, atol=1e-4)
+    found, rows = trained_by_figures()
+    (first, its_rows), (second, other_rows) = (torch.load(two / f"rank{rank}") for rank in range(2))
+    assert torch.equal(first, second) and its_rows == other_rows == [pytest.approx(row, rel=1e-3) for row in rows]
+    torch.testing.assert_close(first, found, rtol=0, atol=1e-4)
+
+    assert [path.name for path in (two / "killed").iterdir()] == ["model.pt"] and saved(two / "killed")["step"] == 4
+    resumed, _ = trained(out=two / "killed", resume=True, **EIGHT_STEPS)
+    torch.testing.assert_close(resumed, trained(**EIGHT_STEPS)[0], rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2682,10 +2351,8 @@ def readme_examples():
     return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
 
 
-@beside_the_others
 def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
-    """One after the other, word for word but for the steps, on a copy that ends before the scripts' part; it saves and
-    resumes."""
+    """Word for word but for the steps, on a copy that ends before the scripts' part; it saves and resumes."""
     examples = readme_examples()
     assert len(examples) == 3 and len(examples[2].splitlines()) < 10
     more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
@@ -2693,7 +2360,7 @@ def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     source = (HERE / "maskgit.py").read_text()
     maskgit.save_checkpoint(tmp_path / "results" / "squares.pt", tiny_model(codes=2))
-    (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts\n")])
+    (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts")])
     (tmp_path / "example.py").write_text("\n".join([*examples, *more]).replace("steps=300", "steps=30"))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
@@ -2711,7 +2378,7 @@ FLAGS = {
 def test_help_names_every_flag(script, capsys):
     assert call(script, "--help") == 0
     shown = capsys.readouterr().out
-    shared = "--device --seed --resume --force --precision --compile --mask --out"
+    shared = "--device --seed --resume --force --precision --mask --out"
     assert all(flag in shown for flag in f"{FLAGS[script]} {shared}".split())
 
 

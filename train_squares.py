@@ -45,7 +45,7 @@ class Squares(maskgit.Experiment):
 def all_squares(grid, min_side, max_side):
     """Every image with one filled square of side min_side .. max_side: int64 (M, grid * grid)."""
     if not 1 <= min_side <= max_side <= grid:
-        raise maskgit.InputError(f"sides {min_side} to {max_side} do not fit a grid of {grid}; need 1 <= min <= max <= grid")
+        raise maskgit.InputError(f"need 1 <= min side <= max side <= grid, not {min_side}, {max_side} and {grid}")
     images = []
     for side in range(min_side, max_side + 1):
         for top, left in itertools.product(range(grid - side + 1), repeat=2):
@@ -54,19 +54,25 @@ def all_squares(grid, min_side, max_side):
     return torch.stack(images).flatten(1)
 
 
-def consistent(prior, tokens, mask):
-    """Which images of the prior (M, T) agree with every visible pixel: bool (B, M)."""
-    white = ((tokens == WHITE) & ~mask).float()
-    black = ((tokens == BLACK) & ~mask).float()
+def agreeing(prior, shown):
+    """Which images of the prior (M, T) agree with all that is shown (B, T), MASK_ID where hidden: bool (B, M)."""
+    white = (shown == WHITE).float()
+    black = (shown == BLACK).float()
     disagreeing = black @ prior.T.float() + white @ (1 - prior).T.float()
     return disagreeing == 0
 
 
-def posterior(prior, tokens, mask):
-    """The exact probability of white at every pixel: the mean of all images of the prior that agree with the visible
-    ones, 0 where none does. (B, T)"""
-    agree = consistent(prior, tokens, mask).float()
+def posterior(prior, shown):
+    """The exact probability of white at every pixel: the mean of all images of the prior that agree with what is shown,
+    0 where none does. (B, T)"""
+    agree = agreeing(prior, shown).float()
     return agree @ prior.float() / agree.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def image_posterior(prior, shown):
+    """The exact probability of every image: (B, M)."""
+    agree = agreeing(prior, shown).double()
+    return agree / agree.sum(dim=1, keepdim=True)
 
 
 def pixel_coords(images):
@@ -84,7 +90,7 @@ class ExactModel:
         self.prior = prior
 
     def __call__(self, tokens, coords):
-        white = posterior(self.prior, tokens, tokens == MASK_ID)
+        white = posterior(self.prior, tokens)
         return torch.stack([1 - white, white], dim=-1).log()
 
 
@@ -101,19 +107,16 @@ TEST_COUNT = 4096
 def make_batch(prior, recipe):
     """batch(step) for train(): each epoch shows every image `presentations` times in a random order."""
     coords = pixel_coords(prior)
-    size = recipe.batch_size
-    epoch_length = len(prior) * recipe.presentations
+    length = len(prior) * recipe.presentations  # of an epoch
 
     @functools.lru_cache(maxsize=4)
     def epoch_order(epoch):
         generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, -1 - epoch))
-        return torch.randperm(epoch_length, generator=generator) % len(prior)
+        return (torch.randperm(length, generator=generator) % len(prior)).tolist()
 
     def batch(step):
-        first = step * size
-        epochs = range(first // epoch_length, (first + size - 1) // epoch_length + 1)
-        order = torch.cat([epoch_order(epoch) for epoch in epochs])[first % epoch_length :]
-        tokens = prior[order[:size]]
+        places = range(step * recipe.batch_size, (step + 1) * recipe.batch_size)  # in the sequence of all epochs
+        tokens = prior[[epoch_order(i // length)[i % length] for i in places]]
         generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, step))
         return tokens, maskgit.training_mask(tokens.shape, recipe.mask, generator, coords), coords
 
@@ -125,7 +128,7 @@ def test_set(prior, kind, count, seed):
     generator = torch.Generator().manual_seed(seed)
     tokens = prior[torch.randint(len(prior), (count,), generator=generator)]
     mask = maskgit.training_mask(tokens.shape, kind, generator, pixel_coords(prior))
-    return tokens, mask, posterior(prior, tokens, mask)[mask]
+    return tokens, mask, posterior(prior, tokens.masked_fill(mask, MASK_ID))[mask]
 
 
 @torch.no_grad()
@@ -154,97 +157,61 @@ EXACT_DRAWS = 20_000
 MODEL_DRAWS = 1000
 
 
-def fill(model, tokens, mask, device, **options):
-    """The tokens with the hidden ones filled in by decode: (B, T)."""
-    options = {"generator": torch.Generator(device).manual_seed(TEST_SEED)} | options
-    coords = pixel_coords(tokens).to(device)
-    return maskgit.decode(model, tokens.to(device), mask.to(device), coords, **options).cpu()
+def fill(model, shown, device, **options):
+    """Fill in what is hidden by decode; returns [(tokens, mask)] before the first step and after each, (B, T) both."""
+    tokens = shown.to(device)
+    states = [(tokens, tokens == MASK_ID)]
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    maskgit.decode(model, *states[0], pixel_coords(tokens).to(device), generator=generator, trace=states, **options)
+    return [(tokens.cpu(), mask.cpu()) for tokens, mask in states]
+
+
+def network_calls(states):
+    """How many decode made for each image on the way through these states: (B,)."""
+    return torch.stack([mask.any(dim=1) for _, mask in states]).sum(dim=0).double()
 
 
 def completion_inputs(prior):
-    """{name: (tokens, mask)} of every image of the prior: nothing is visible, half of the pixels, or a half."""
+    """{name: what is shown of every image of the prior, MASK_ID where hidden}; the names say what is shown."""
     x, y = pixel_coords(prior).T
     middle = math.isqrt(prior.shape[1]) / 2
-    hidden = {"nothing": x >= 0, "left half": x >= middle, "right half": x < middle}
-    hidden |= {"top half": y >= middle, "bottom half": y < middle}
-    masks = {name: mask.expand(prior.shape) for name, mask in hidden.items()}
-    masks["random half"] = maskgit.random_mask(prior.shape, 0.5, torch.Generator().manual_seed(TEST_SEED))
-    return {name: (prior, mask) for name, mask in masks.items()}
+    visible = {"nothing": x < 0, "left half": x < middle, "right half": x >= middle}
+    visible |= {"top half": y < middle, "bottom half": y >= middle}
+    visible["random half"] = ~maskgit.random_mask(prior.shape, 0.5, torch.Generator().manual_seed(TEST_SEED))
+    return {name: prior.masked_fill(~region, MASK_ID) for name, region in visible.items()}
 
 
-def distinct_inputs(tokens, mask):
-    """What is shown of each, (b, T) with MASK_ID where hidden, and which of these every input is: (B,)."""
-    return tokens.masked_fill(mask, MASK_ID).unique(dim=0, return_inverse=True)
+def follow_images(model, prior, shown, device, order, **options):
+    """The probability with which decode completes each input to each image of the prior, exactly and without drawing
+    one; and the network calls on the way there: (B, M) both.
 
+    Every image that agrees with an input is followed: whatever the order commits takes the image's value, and the
+    probabilities of these values multiply. The order may neither look at drawn tokens nor draw numbers."""
+    distinct, which = shown.unique(dim=0, return_inverse=True)
+    row, image = agreeing(prior, distinct).nonzero(as_tuple=True)
+    truth = prior[image].to(device)  # (n, T): where each of the n pairs of input and image ends
+    log_probs = torch.zeros(truth.shape, device=device)
 
-def follow_images(model, prior, tokens, mask, device, order, **options):
-    """How likely decode completes each input to each image of the prior, exactly and without drawing one: (B, M); and
-    the network calls for each input and image, (B, M).
-
-    For orders that neither look at drawn tokens nor draw numbers themselves. Every image that agrees with its input is
-    followed: whatever the order commits takes the image's value, and the probabilities of these multiply."""
-    shown, which = distinct_inputs(tokens, mask)
-    row, image = consistent(prior, shown, shown == MASK_ID).nonzero(as_tuple=True)
-    truth = prior[image].to(device)
-    hidden = (shown == MASK_ID)[row]
-    chances = []
-    trace = []
-
-    def true_tokens(state):
+    def follow(state):
         tokens = truth[state.row, state.place]
-        chance = state.log_probs.gather(-1, tokens[:, None])[:, 0].cpu().double()
-        at = (state.row.cpu(), state.place.cpu())
-        chances.append(torch.zeros(truth.shape, dtype=torch.float64).index_put(at, chance))
+        # A later step overwrites those that are not committed in this one.
+        log_probs[state.row, state.place] = state.log_probs.gather(-1, tokens[:, None])[:, 0]
         return tokens
 
-    def blind(state):
-        try:
-            return order(state._replace(tokens=None))
-        except (AttributeError, TypeError) as error:
-            raise maskgit.InputError(f"an order that looks at drawn tokens cannot be followed: {error}") from None
+    def blind_order(state):
+        return order(state._replace(tokens=None, generator="none"))  # who uses either, fails
 
-    generator = torch.Generator(device).manual_seed(TEST_SEED)
-    untouched = generator.get_state()
-    options |= {"order": blind, "sample": true_tokens, "generator": generator, "trace": trace}
-    fill(model, truth, hidden, device, **options)
-    if not torch.equal(untouched, generator.get_state()):
-        raise maskgit.InputError("an order that draws numbers cannot be followed")
-    committed = [chance.masked_fill(left.cpu(), 0) for chance, (_, left) in zip(chances, trace, strict=True)]
-    table = torch.zeros(2, len(shown), len(prior), dtype=torch.float64)
-    table[0, row, image] = torch.stack(committed).sum(dim=(0, 2)).exp()
-    table[1, row, image] = network_calls(hidden, trace)
-    found, calls = table[:, which]
-    return found, calls
-
-
-def network_calls(mask, trace):
-    """So many decode has made for each image: (B,)."""
-    before = [mask.any(dim=1), *(hidden.any(dim=1).cpu() for _, hidden in trace[:-1])]
-    return torch.stack(before).sum(dim=0).double()
-
-
-def count_images(model, prior, tokens, mask, device, draws, **options):
-    """The share of each image of the prior in `draws` completions of each distinct input: (B, M); and the network calls
-    of each, (B, draws)."""
-    shown, which = distinct_inputs(tokens, mask)
-    inputs = shown.repeat_interleave(draws, dim=0)
-    trace = []
-    filled = fill(model, inputs, inputs == MASK_ID, device, **options, trace=trace)
-    found = (filled[:, None] == prior).all(dim=-1).double().view(len(shown), draws, len(prior)).mean(dim=1)
-    calls = network_calls(inputs == MASK_ID, trace).view(len(shown), draws)
+    states = fill(model, distinct[row], device, order=blind_order, sample=follow, **options)
+    found, calls = torch.zeros(2, len(distinct), len(prior), dtype=torch.float64)
+    found[row, image] = log_probs.cpu().double().sum(dim=1).exp()
+    calls[row, image] = network_calls(states)
     return found[which], calls[which]
 
 
 def total_variation(found, truth):
-    """Half the summed difference of probabilities (B, M), and of what is left to 1: completions that are no image of
-    the prior. Mean over the inputs."""
-    return float(((found - truth).abs().sum(dim=1) + 1 - found.sum(dim=1)).mean()) / 2
-
-
-def agreement(prior, tokens, mask):
-    """The exact posterior of the images: (B, M)."""
-    agree = consistent(prior, tokens, mask).double()
-    return agree / agree.sum(dim=1, keepdim=True)
+    """Half the summed difference of probabilities (..., B, M), and of what is left to 1: completions that are no image
+    of the prior. Mean over the inputs."""
+    return float(((found - truth).abs().sum(dim=-1) + 1 - found.sum(dim=-1)).mean()) / 2
 
 
 def judge(found, truth, calls, weights):
@@ -254,26 +221,28 @@ def judge(found, truth, calls, weights):
     return result | {"calls": float((calls * weights).sum() / weights.sum()), "most_calls": int(calls.max())}
 
 
-def judge_followed(model, prior, tokens, mask, device, **options):
+def judge_followed(model, prior, shown, device, **options):
     """Exactly, of an order that can be followed; with the KL divergence of the completions from the posterior."""
-    truth = agreement(prior, tokens, mask)
-    found, calls = follow_images(model, prior, tokens, mask, device, **options)
-    kl = float((truth * (truth / found).log()).nansum(dim=1).mean().clamp(min=0))
-    return {"kl": kl} | judge(found, truth, calls, found)
+    truth = image_posterior(prior, shown)
+    found, calls = follow_images(model, prior, shown, device, **options)
+    ratio = torch.where(truth > 0, truth / found, 1)
+    kl = (truth * ratio.log()).sum(dim=1).mean().clamp(min=0)
+    return {"kl": float(kl)} | judge(found, truth, calls, found)
 
 
-def judge_counted(model, prior, tokens, mask, device, draws, **options):
-    """By so many completions, spread over the distinct inputs; with exact_sampling, the total variation that as many
-    draws from the posterior itself would show."""
-    shown, which = distinct_inputs(tokens, mask)
-    each = math.ceil(draws / len(shown))
-    found, calls = count_images(model, prior, tokens, mask, device, each, **options)
-    truth = agreement(prior, tokens, mask)
-    exact = np.random.default_rng(0).multinomial(
-        each, agreement(prior, shown, shown == MASK_ID), size=(100, len(shown))
-    )
-    exact = torch.from_numpy(exact / each)[:, which].flatten(0, 1)
-    result = {"draws": each * len(shown), "exact_sampling": total_variation(exact, truth.repeat(100, 1))}
+def judge_counted(model, prior, shown, device, draws, **options):
+    """By about so many completions, as many of each distinct input; with exact_sampling, the total variation that as
+    many draws from the posterior itself would show, on average over 100 tries."""
+    distinct, which = shown.unique(dim=0, return_inverse=True)
+    each = math.ceil(draws / len(distinct))
+    states = fill(model, distinct.repeat_interleave(each, dim=0), device, **options)
+    filled = states[-1][0].view(len(distinct), each, 1, -1)
+    found = (filled == prior).all(dim=-1).double().mean(dim=1)[which]  # (B, M): shares
+    calls = network_calls(states).view(len(distinct), each)[which]
+    truth = image_posterior(prior, shown)
+    tries = np.random.default_rng(0).multinomial(each, image_posterior(prior, distinct), size=(100, len(distinct)))
+    exact = torch.from_numpy(tries / each)[:, which]  # (100, B, M): shares
+    result = {"draws": each * len(distinct), "exact_sampling": total_variation(exact, truth)}
     return result | judge(found, truth, calls, torch.ones_like(calls))
 
 
@@ -283,16 +252,16 @@ def score_completions(model, prior, device):
     rows = []
     exact = ExactModel(prior.to(device))
     inputs = completion_inputs(prior)
-    for given, start in inputs.items():
+    for given, shown in inputs.items():
         row = {"given": given, "order": "entropy", "setting": "budget 0.001"}
-        for name, marginals in (("exact", exact), ("model", model)):
-            row[name] = judge_followed(marginals, prior, *start, device, order=maskgit.by_entropy)
+        row["exact"] = judge_followed(exact, prior, shown, device, order=maskgit.by_entropy)
+        row["model"] = judge_followed(model, prior, shown, device, order=maskgit.by_entropy)
         rows.append(row)
-    papers = {"given": "nothing", "order": "confidence", "setting": "16 steps"}
-    for name, marginals, draws in (("exact", exact, EXACT_DRAWS), ("model", model, MODEL_DRAWS)):
-        options = dict(order=maskgit.by_confidence, steps=16)
-        papers[name] = judge_counted(marginals, prior, *inputs["nothing"], device, draws, **options)
-    return [*rows, papers]
+    row = {"given": "nothing", "order": "confidence", "setting": "16 steps"}
+    papers = dict(order=maskgit.by_confidence, steps=16)
+    row["exact"] = judge_counted(exact, prior, inputs["nothing"], device, EXACT_DRAWS, **papers)
+    row["model"] = judge_counted(model, prior, inputs["nothing"], device, MODEL_DRAWS, **papers)
+    return [*rows, row]
 
 
 def print_completions(rows):
@@ -318,21 +287,20 @@ def as_images(tokens):
 
 
 def paint_samples(model, prior, device):
-    """Masked, filled, truth: a row each for S2's 20 %, cosine masking, half of the pixels, a half."""
+    """Masked, filled, truth: four images in a row, and a row for each kind of mask: S2's 20 %, cosine masking, any half
+    of the pixels, all of one side."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     truth = prior[torch.randint(len(prior), (16,), generator=generator)]
     mask = maskgit.training_mask(truth.shape, "0.2+cosine+0.5+half", generator, pixel_coords(prior))
-    filled = fill(model, truth, mask, device)
-    columns = torch.stack([truth.masked_fill(mask, MASK_ID), filled, truth], dim=1)  # (16, 3, T)
+    states = fill(model, truth.masked_fill(mask, MASK_ID), device)
+    columns = torch.stack([states[0][0], states[-1][0], truth], dim=1)  # (16, 3, T)
     return maskgit.image_grid(as_images(columns.flatten(0, 1)), 12, scale=8, titles=["masked", "filled", "truth"] * 4)
 
 
 def paint_generation(model, prior, device):
     """Frames of 12 images that are filled in from nothing."""
-    nothing = torch.full((12, prior.shape[1]), MASK_ID)
-    trace = [(nothing, nothing == MASK_ID)]
-    fill(model, *trace[0], device, trace=trace)
-    return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in trace]
+    states = fill(model, torch.full((12, prior.shape[1]), MASK_ID), device)
+    return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in states]
 
 
 def paint_loss(history, limit, mask):
@@ -357,15 +325,15 @@ def train_model(recipe, prior, device, **options):
 
 
 DEFAULTS = dict(steps=1500, batch_size=126, layers=8, hidden=64, mask="cosine+cosine+cosine+half", lr=6e-3)
-# S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or positions.
-# A batch here is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a head
-# and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
+
+# What S1 and S2 report. S1 gives no batch size, learning rate or number of epochs; S2 no batch size, norm, head or
+# positions. So a batch is each image once, S1 takes its rate and epochs (300) from S2, and S2 takes S1's block but a
+# head and positions that can tell the pixels apart. Neither mentions warm-up, decay, clipping or weight decay.
 REPORTED = dict(layers=6, heads=8, dropout=0.1, norm="post", optimizer="adamw", lr=1e-5)
 REPORTED |= dict(warmup=0, decay="constant", clip=math.inf, rotary=False)
-POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine")
-POST1 |= dict(steps=300, batch_size=126)
-POST2 = dict(dim=640, hidden=1600, mask="0.2")
-POST2 |= dict(min_side=1, max_side=4, presentations=40, steps=300 * 40, batch_size=174)
+POST1 = dict(dim=768, hidden=3072, head="cosine", positions="printed", mask="cosine", steps=300, batch_size=126)
+POST2 = dict(dim=640, hidden=1600, mask="0.2", steps=300 * 40, batch_size=174)
+POST2 |= dict(min_side=1, max_side=4, presentations=40)
 PRESETS = {"post1": REPORTED | POST1, "post2": REPORTED | POST2}
 
 

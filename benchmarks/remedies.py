@@ -10,7 +10,7 @@ import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ import maskgit
 import train_rectangles
 from benchmarks.pictures import save_curves
 from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
-from train_rectangles import PATCH, SIZE, coverage, draw_points
+from train_rectangles import PATCH, SIZE, VALIDATION_SEED, coverage, draw_points
 
 RECIPE = dict(task="sparse", batch_size=256, lr=6e-3, mask="0.35")  # that of train_rectangles.py, but for the steps
 SOURCES = {"100 rectangles": 100, "fresh ones": 0}
@@ -79,12 +79,16 @@ def soft_cross_entropy(targets):
 
 def train_with(remedy, recipe, tokenizer, device):
     """train_rectangles.train_model with one of the REMEDIES."""
+    count = train_rectangles.VALIDATION_COUNT["sparse"]
+    rectangles = train_rectangles.draw_rectangles(count, VALIDATION_SEED, "sparse")
+    unseen = train_rectangles.make_test("sparse", rectangles, tokenizer, seed=VALIDATION_SEED)
     draw = {"points near edges": points_without(off_edges), "no corners": points_without(on_corners)}
+    draw = draw.get(remedy, draw_points)
     loss = maskgit.masked_cross_entropy
     if remedy == "soft targets":
         loss = soft_cross_entropy(soft_targets(tokenizer, WIDTH))
-    with mock.patch.object(maskgit, "masked_cross_entropy", loss):
-        return train_rectangles.train_model(recipe, tokenizer, device, draw.get(remedy, draw_points))
+    with patch.object(maskgit, "masked_cross_entropy", loss), patch.object(train_rectangles, "draw_points", draw):
+        return train_rectangles.train_model(recipe, tokenizer, unseen, device)
 
 
 def main():
@@ -105,7 +109,7 @@ def main():
         make = functools.partial(
             train_rectangles.make_test, "sparse", tokenizer=tokenizer, proposals=arguments.proposals
         )
-        tests = {"unseen": make(unseen), "seen": make(train_rectangles.draw_rectangles(100, [seed, 0]))}
+        tests = {"unseen": make(unseen), "seen": make(train_rectangles.draw_rectangles(100, seed))}
         for (source, count), remedy in itertools.product(SOURCES.items(), REMEDIES):
             varied = replace(recipe, seed=seed, rectangles=count)
             model, history = train_with(remedy, varied, tokenizer, device)

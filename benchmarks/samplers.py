@@ -233,7 +233,7 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
     for given, (order, setting, options) in itertools.product(("nothing", "left half"), tried):
         row = {"given": given, "order": order, "setting": setting}
         for name in marginals:
-            start = (marginals[name], prior, *inputs[given], device)
+            start = (marginals[name], prior, inputs[given], device)
             if order in exact_orders:
                 row[name] = train_squares.judge_followed(*start, **options)
             else:
@@ -242,7 +242,7 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
         print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
     averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
     for name in marginals:
-        start = (TurnedModel(marginals[name]), prior, *inputs["nothing"], device)
+        start = (TurnedModel(marginals[name]), prior, inputs["nothing"], device)
         averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
         averaged[name]["calls"] *= len(TURNS)
         averaged[name]["most_calls"] *= len(TURNS)
@@ -330,7 +330,7 @@ def run_on_grid(record, arguments, device):
     model = checkpoint["model"]
     tokenizer = checkpoint["tokenizer"]
     rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED)
-    for hidden, mask in (("left half", "half"), ("all", "1.0")):
+    for hidden, mask in (("left half", "left half"), ("all", "1.0")):
         test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=GRID_PROPOSALS)
         drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))
         posterior = judge_on_grid(np.where(test.mask, drawn, test.tokens), test, tokenizer)
