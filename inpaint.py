@@ -7,7 +7,7 @@
 A token with any hole pixel is hidden, and predicted from the others; a small network, the painter, then corrects its
 pixels by those that are visible. A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 
-Pictures   are what Pillow reads in 8 bits, or grey in 16, where 65535 is white; one that is ten times darker is refused.
+Pictures   are what Pillow reads in 8 bits, or grey in 16, where 65535 is white and a tenth of that is reached.
 Masks      have their picture's size. Brighter than half of white is visible, the rest is the hole (--invert-masks: the
            other way round); of 0 and 1 alone, 1 is white. They are black and white, without transparency.
 Files      hold one image each, turned as their EXIF says. What begins with a dot is left out.
@@ -15,7 +15,7 @@ Names      are compared without case: a mask has (a) its picture's name, (b) thi
            after that and any of " _-." around it, or (c) the same last number. The first rule that gives each picture
            one mask and each mask one picture is taken for all. In a folder of both, masks have "mask" in their names. A
            single picture may leave masks over; a single mask serves all pictures.
-Results    are PNGs of their pictures' names. What was visible is unchanged, as are transparency and colour profile; only
+Results    are PNGs of their pictures' names. What was visible is unchanged, as are transparency and colour profile;
            what is neither grey nor RGB of 8 bits becomes that. Nothing is overwritten without --force.
 """
 
@@ -725,8 +725,8 @@ def save_pictures(out, inpainter, images, holes, filling, history):
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
     curves = {"training": (steps, training), "validation": (steps, validation)}
-    labels = dict(title="Inpainting: loss in training, and on the holes of validation pictures", x_label="step")
-    maskgit.line_plot(curves, **labels, y_label="cross-entropy, nats per hidden token").save(out / "loss.png")
+    title = "Inpainting: loss in training, and on the holes of validation pictures"
+    maskgit.line_plot(curves, title=title, y_label="cross-entropy, nats per hidden token").save(out / "loss.png")
 
 
 def trace_pictures(inpainter, images, holes, filling):
@@ -775,7 +775,7 @@ def pair_by_name(pictures, masks, some_masks):
         by_key = collections.defaultdict(list)
         for mask in masks:
             by_key[name_keys(mask, True)[rule]].append(mask)
-        del by_key[None]
+        by_key.pop(None, None)  # a name without a number
         found = {picture: by_key[name_keys(picture, False)[rule]] for picture in pictures}
         pairs = {picture: theirs[0] for picture, theirs in found.items() if len(theirs) == 1}
         if len(pairs) == len(set(pairs.values())) == len(pictures) and (some_masks or len(pairs) == len(masks)):

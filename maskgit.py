@@ -1206,7 +1206,7 @@ def save_gif(path, frames):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
-def line_plot(curves, *, title, x_label, y_label):
+def line_plot(curves, *, title, y_label, x_label="step"):
     """A PIL image of curves {label: (x values, y values)} over a logarithmic y axis, with a legend to the right. What
     is not finite or not positive is left out."""
     font = ImageFont.load_default(26)

@@ -338,9 +338,9 @@ def save_pictures(out, recipe, tokenizer, history, limit):
     steps = [row["step"] for row in history]
     curves = {f"training, mask {recipe.mask}": (steps, [row["loss"] for row in history])}
     curves["unseen, mask 0.2"] = (steps, [row["unseen"] for row in history])
-    labels = {"title": f"Rectangles, {recipe.task} task", "x_label": "step"}
-    labels["y_label"] = "cross-entropy, nats per hidden token"
-    maskgit.line_plot(curves, **labels, references={"posterior, mask 0.2": limit}, log_y=True).save(out / "loss.png")
+    curves["posterior, mask 0.2"] = (steps, [limit] * len(steps))
+    labels = dict(title=f"Rectangles, {recipe.task} task", y_label="cross-entropy, nats per hidden token")
+    maskgit.line_plot(curves, **labels).save(out / "loss.png")
 
 
 def print_results(scores, pictures):
@@ -409,11 +409,11 @@ def main():
     save_pictures(out, recipe, tokenizer, history, figures["scores"]["unseen rectangles"]["limit"])
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
     figures |= {"log": history[-1], "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
-    maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
     print_results(figures["scores"], figures.get("pictures", {}))
     print(f"S2, without figures: {REPORTS[recipe.task]}")
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / f"{name}.png") for name in ("samples", "loss", "rectangles", "centroids")))
+    maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
 
 
 if __name__ == "__main__":

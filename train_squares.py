@@ -308,9 +308,9 @@ def paint_loss(history, limit, mask):
     steps = [row["step"] for row in history]
     curves = {"training batches": (steps, [row["loss"] for row in history])}
     curves["unseen masks"] = (steps, [row["cross_entropy"] for row in history])
-    labels = {"title": f"Squares, {TASKS.get(mask, mask)}", "x_label": "step"}
-    labels["y_label"] = "cross-entropy, nats per hidden pixel"
-    return maskgit.line_plot(curves, **labels, references={"posterior, unseen masks": limit}, log_y=True)
+    curves["posterior, unseen masks"] = (steps, [limit] * len(steps))
+    title = f"Squares, {TASKS.get(mask, mask)}"
+    return maskgit.line_plot(curves, title=title, y_label="cross-entropy, nats per hidden pixel")
 
 
 def train_model(recipe, prior, device, **options):
@@ -368,7 +368,6 @@ def main():
     if arguments.weights:
         maskgit.save_checkpoint(arguments.weights, model, config=asdict(recipe), step=recipe.steps)
         figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
-    maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
 
     limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
     paint_loss(history, limit, recipe.mask).save(out / "loss.png")
@@ -384,6 +383,7 @@ def main():
     print_completions(completions)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
+    maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
 
 
 if __name__ == "__main__":

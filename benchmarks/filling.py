@@ -31,6 +31,7 @@ from maskgit import (
     CommandLine,
     InputError,
     at_least,
+    fast_precision,
     pick_device,
     print_table,
     run_as_script,
@@ -131,7 +132,7 @@ def main():
     if not ways:
         parser.error(f"--ways {' '.join(arguments.ways)}: none begins so")
     device = pick_device(arguments.device)
-    inpainter, run = inpaint.open_model(arguments.checkpoint, device)
+    inpainter, run = inpaint.open_model(arguments.checkpoint, device, fast_precision(device))
     out = arguments.checkpoint.parent  # the run's own pictures are none of its data
     split, digest = inpaint.open_pictures(arguments.data, run["cartoons"], run["size"], run["seed"], out)
     if digest != run["pictures_sha256"]:

@@ -12,6 +12,7 @@ no real file was at hand.
 """
 
 import argparse
+import hashlib
 import itertools
 import pickle
 import re
@@ -200,7 +201,8 @@ def load_vqgan(path, device, moments="training"):
     with torch.device("meta"):
         network = VQGAN(moments=moments)
     load_weights(network, path, "vqgan")
-    network.sha256 = inpaint.weights_digest(network)
+    weights = [tensor.flatten().view(torch.uint8).numpy() for tensor in network.state_dict().values()]
+    network.sha256 = hashlib.sha256(b"".join(weights)).hexdigest()
     return network.to(device, memory_format=torch.channels_last)
 
 
@@ -334,7 +336,7 @@ def main():
     else:
         recipe = replace(recipe, vqgan_sha256=vqgan.sha256)
         return inpaint.train_and_score(record, arguments, recipe, filling, vqgan)
-    inpainter = inpaint.Inpainter(model, tokenizer=vqgan, painter=vqgan)
+    inpainter = inpaint.Inpainter(model, vqgan, vqgan, recipe.for_device(device).precision)
     inpaint.fill_files(inpainter, recipe.size, filling, arguments, recipe.seed)
 
 
