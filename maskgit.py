@@ -200,11 +200,9 @@ def grid_coords(height, width):
 
 def position_encoding(coords, dim, layout="split"):
     """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32, with dim divisible by 4. The first half of
-    the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
-
-    layout="split" gives each axis all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula,
-    "printed", dimension i has 10000^(-i / dim) whichever its axis, so y has only those below 0.01: rows look alike.
-    """
+    the dimensions encodes x, the second half y; even ones are sines, odd ones cosines. layout="split" gives each axis
+    all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula, "printed", dimension i has
+    10000^(-i / dim) whichever its axis, so y has only those below 0.01: rows look alike."""
     if dim % 4:
         raise InputError(f"position_encoding needs a dim divisible by 4, not {dim}")
     require_choice("position layout", layout, LAYOUTS)
@@ -1211,9 +1209,7 @@ def line_plot(curves, *, title, y_label, x_label="step"):
     is not finite or not positive is left out."""
     font = ImageFont.load_default(26)
     left, right, top, bottom = 160, 1300, 120, 960  # twice the size of the picture, for smooth lines
-    lines = {}
-    for label, curve in curves.items():
-        lines[label] = [(x, y) for x, y in zip(*curve, strict=True) if 0 < y < math.inf]
+    lines = {name: [(x, y) for x, y in zip(*curve, strict=True) if 0 < y < math.inf] for name, curve in curves.items()}
     xs, ys = zip(*sum(lines.values(), []), strict=True)
     x_at, x_ticks = axis(xs, left, right)
     y_at, y_ticks = axis(ys, bottom - 24, top, log=True)  # above the x axis
@@ -1249,7 +1245,6 @@ def axis(values, start, end, log=False):
         step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
         ticks = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
-    def position(value):
-        return start + (scale(value) - scale(low)) / (scale(high) - scale(low) or 1) * (end - start)
-
-    return position, [tick for tick in ticks if low <= tick <= high]
+    length = scale(high) - scale(low) or 1
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return lambda value: start + (scale(value) - scale(low)) / length * (end - start), shown
