@@ -744,7 +744,7 @@ def train(
                 model.train()
             state["history"].append(row)
             state["loss_sum"] = 0.0
-            if best_by and row[best_by] == np.nanmin([past[best_by] for past in state["history"]]):
+            if best_by and row[best_by] == np.fmin.reduce([past[best_by] for past in state["history"]]):
                 best = copy.deepcopy(model)
             if out:
                 write_log(path.with_name("log.csv"), state["history"])
@@ -896,7 +896,7 @@ def resume_run(path, model, optimizers, state, recipe, best_by):
     state.update(training["progress"])
     for part, saved in zip([model, *optimizers], [training["model"], *training["optimizers"]], strict=True):
         part.load_state_dict(saved)
-    return checkpoint["model"] if best_by and state["history"] else None
+    return checkpoint["model"] if best_by and not all(math.isnan(row[best_by]) for row in state["history"]) else None
 
 
 def write_whole(path, data):
@@ -1164,9 +1164,8 @@ def write_figures(record, settings, figures, *paths):
     """The figures, settings (a dict), record and minutes, as JSON to each of the paths that is not None."""
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}  # JSON has no inf
     record = record | {"minutes": round((time.monotonic() - STARTED) / 60, 1), "settings": settings}
-    text = json.dumps(record | figures, indent=1, default=str) + "\n"
     for path in filter(None, paths):
-        write_whole(path, text.encode())
+        write_whole(path, (json.dumps(record | figures, indent=1, default=str) + "\n").encode())
 
 
 def print_table(head, rows):
@@ -1210,6 +1209,7 @@ def line_plot(curves, *, title, y_label, x_label="step"):
     font = ImageFont.load_default(26)
     left, right, top, bottom = 160, 1300, 120, 960  # twice the size of the picture, for smooth lines
     lines = {name: [(x, y) for x, y in zip(*curve, strict=True) if 0 < y < math.inf] for name, curve in curves.items()}
+    lines = {name: line for name, line in lines.items() if line}
     xs, ys = zip(*sum(lines.values(), []), strict=True)
     x_at, x_ticks = axis(xs, left, right)
     y_at, y_ticks = axis(ys, bottom - 24, top, log=True)  # above the x axis
