@@ -169,7 +169,7 @@ def network_calls(states):
 
 
 def completion_inputs(prior):
-    """{name: what is shown of every image of the prior, MASK_ID where hidden}; the names say what is shown."""
+    """{what is shown: every image of the prior, with MASK_ID where hidden}, of (M, T) each."""
     x, y = pixel_coords(prior).T
     middle = math.isqrt(prior.shape[1]) / 2
     visible = {"nothing": torch.zeros_like(x, dtype=torch.bool), "left half": x < middle, "right half": x >= middle}
