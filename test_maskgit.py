@@ -1157,7 +1157,7 @@ def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsample
     low, high = rectangles.reshape(6, 2, 1, 2, 1).swapaxes(0, 1)
     x, y = ((low < at) & (at < high)).reshape(6, 5, 2, 4, 8192).mean(axis=-1).transpose(2, 0, 1, 3)
     np.testing.assert_allclose(found, y[..., None] * x[..., None, :], atol=3e-4)
-    rectangles = train_rectangles.draw_rectangles(4, 0)
+    rectangles = train_rectangles.draw_rectangles(4, 0, "grid")
     large = np.zeros((4, 256, 256))
     for picture, (x0, y0, x1, y1) in zip(large, (rectangles * 16).astype(int), strict=True):
         picture[y0:y1, x0:x1] = 1
@@ -1167,7 +1167,7 @@ def test_coverage_equals_an_integration_on_8192_points_and_images_256_downsample
 
 def test_codebook_is_that_of_the_sources_rectangles_and_sparse_tokens_are_the_grids(tokenizer):
     assert tokenizer.centroids.shape == (20, 16) and (tokenizer.patch, tokenizer.stride) == (4, 1)
-    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(100, 0))
+    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(100, 0, "grid"))
     patches = maskgit.image_patches(images, 4, 1).reshape(-1, 16)
     labels = tokenizer.nearest(patches)
     for code, centroid in enumerate(tokenizer.centroids):  # each is the mean of what it stands for
@@ -1196,7 +1196,7 @@ def test_batches_depend_on_the_step_alone(tokenizer):
 def test_posterior_equals_rejection_sampling_and_of_everything_hidden_is_the_prior(tokenizer):
     """Draw from the prior, keep what agrees with the visible tokens: slow, but the definition of the posterior."""
     truth, prior = (train_rectangles.draw_rectangles(count, count, "sparse") for count in (2, 100_000))
-    test = train_rectangles.make_test("sparse", truth, tokenizer, points=5, mask="0.5", proposals=15_000, seed=1)
+    test = train_rectangles.make_test("sparse", truth, tokenizer, point_count=5, mask="0.5", proposals=15_000, seed=1)
     for points, tokens, mask, posterior in zip(test.points, test.tokens, test.mask, test.posterior, strict=True):
         drawn = tokenizer.nearest(train_rectangles.coverage(prior, points))
         agreeing = drawn[(drawn == tokens)[:, ~mask].all(axis=1)]
@@ -1236,7 +1236,8 @@ def test_the_posterior_agrees_with_what_is_visible_and_is_the_limit(task, count,
 
 
 def test_picture_errors_by_hand(tokenizer, monkeypatch):
-    test = train_rectangles.make_test("grid", train_rectangles.draw_rectangles(2, 0), tokenizer, mask="left half")
+    rectangles = train_rectangles.draw_rectangles(2, 0, "grid")
+    test = train_rectangles.make_test("grid", rectangles, tokenizer, mask="left half", proposals=1)
     assert test.mask.reshape(2, 13, 13).tolist() == [[[True] * 6 + [False] * 7] * 13] * 2
     drawn, likeliest = np.random.default_rng(0).integers(20, size=(2, 2, 169))
     monkeypatch.setattr(train_rectangles, "fill", lambda *_, sample=None: likeliest if sample else drawn)
@@ -1253,7 +1254,7 @@ def test_picture_errors_by_hand(tokenizer, monkeypatch):
 
 
 def test_hidden_tokens_are_not_shown_to_the_model_that_is_scored(tokenizer):
-    test = train_rectangles.make_test("sparse", train_rectangles.draw_rectangles(9, 0), tokenizer)
+    test = train_rectangles.make_test("sparse", train_rectangles.draw_rectangles(9, 0, "grid"), tokenizer, proposals=1)
     model = tiny_model(codes=20)
     tokens, mask, points = map(torch.from_numpy, (test.tokens, test.mask, test.points))
     with torch.no_grad():
@@ -1262,7 +1263,7 @@ def test_hidden_tokens_are_not_shown_to_the_model_that_is_scored(tokenizer):
 
 
 def test_patches_are_painted_where_they_lie(tokenizer):
-    cell = train_rectangles.CELL
+    cell = train_rectangles.SCALE
     brightest = tokenizer.centroids.mean(axis=1).argmax()
     drawn = train_rectangles.paint_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
     rows, columns = np.nonzero(drawn != train_rectangles.GREY)

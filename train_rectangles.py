@@ -1,11 +1,11 @@
-"""S2's rectangles: black and white images with one filled rectangle, as tokens of 4x4 patches.
+"""S2's rectangles (sources: see maskgit.py): black and white images of one filled rectangle, as tokens of 4x4 patches.
 
-    python train_rectangles.py --task grid        all 169 overlapping patches of a 16x16 image, a fifth hidden
-    python train_rectangles.py --task sparse      24 patches at continuous coordinates, a fifth hidden
+    python train_rectangles.py --task grid        all 169 overlapping patches of a 16x16 image
+    python train_rectangles.py --task sparse      24 patches at continuous coordinates
     python train_rectangles.py --task sparse --rectangles 100 --fixed-points --out runs/rectangles_100    S2's failure
 
-Everything is scored on rectangles that training never saw, beside the exact posterior: the chance of each token given
-the visible ones, over all rectangles that agree with them.
+A run is scored on rectangles that training never saw, the sparse task also on those of --rectangles, beside the
+posterior: the chance of each token given the visible ones, counted in exact draws of rectangles that agree with them.
 A run leaves model.pt, log.csv, metrics.json and its pictures in runs/rectangles_grid or runs/rectangles_sparse (--out).
 """
 
@@ -33,7 +33,9 @@ GRID_POINTS = maskgit.grid_coords(GRID_SIDE, GRID_SIDE).numpy()  # (169, 2)
 VALIDATION_SEED = 10**9
 TEST_SEED = 10**9 + 1
 VALIDATION_COUNT = {"grid": 64, "sparse": 500}
-CELL = 12  # pixels per side in samples.png
+# On validation rectangles a larger budget than decode's own completed more grids to rectangles, in fewer calls.
+ORDER = functools.partial(maskgit.by_entropy, budget=0.3)
+SCALE = 12  # pixels per side of a cell in samples.png
 GREY = 0.7
 RED = (220, 40, 40)
 ORANGE = (240, 150, 20)
@@ -46,7 +48,7 @@ class Rectangles(maskgit.Experiment):
     task: str = setting("grid", "all patches of a grid, or some anywhere", choices=("grid", "sparse"))
     rectangles: int = setting(0, "train on so many (S2: 100); 0: on fresh ones at every step", low=0)
     fixed_points: bool = setting(False, "each of those always with the same points (S2)")
-    points: int = setting(24, "of an image", low=2)
+    points: int = setting(24, "patches of a training image in the sparse task", low=2)
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,11 +62,11 @@ class Rectangles(maskgit.Experiment):
 # Rectangles and their patches. A rectangle is x0, y0, x1, y1 in cells.
 
 
-def draw_rectangles(count, seed, task="grid"):
+def draw_rectangles(count, seed, task):
     """Rectangles (count, 4) from two uniform corners, those less than MIN_SIDE apart on an axis drawn again. The
     corners of the grid task lie on pixels, those of the sparse task anywhere. seed may be a numpy generator."""
     rng = np.random.default_rng(seed)
-    shape = (2 * count, 2, 2)  # of more rectangles than enough, two corners each
+    shape = (2 * count, 2, 2)  # two corners each; about 59 % are kept
     kept = np.empty((0, 4))
     while len(kept) < count:
         if task == "grid":
@@ -99,7 +101,7 @@ def paint_rectangles(rectangles, size=SIZE):
 
 def fit_tokenizer(seed):
     """S2's codebook: the overlapping patches of 100 rectangles, in 20 clusters."""
-    images = paint_rectangles(draw_rectangles(100, seed))  # with seed 0 a grid run's first batch is of them
+    images = paint_rectangles(draw_rectangles(100, seed, "grid"))
     return maskgit.PatchTokenizer.fit(images, CODES, PATCH, stride=1, seed=seed, restarts=5)
 
 
@@ -117,19 +119,19 @@ def draw_points(task, rectangles, count, rng):
 def make_batch(tokenizer, recipe):
     """batch(step) for train(): fresh rectangles at every step, or so many that are always the same; fresh points, or
     fixed ones of each rectangle; fresh masks in any case."""
-    if recipe.rectangles:  # 100 are those of the codebook (S2)
-        fixed = draw_rectangles(recipe.rectangles, recipe.seed)
-        fixed_points = draw_points(recipe.task, fixed, recipe.points, np.random.default_rng([recipe.seed, 2]))
+    if recipe.rectangles:  # 100 are those of the codebook (S2); the points come from a stream of their own
+        known = draw_rectangles(recipe.rectangles, recipe.seed, "grid")
+        known_points = draw_points(recipe.task, known, recipe.points, np.random.default_rng([recipe.seed, 2]))
 
     def batch(step):
         seed = maskgit.step_seed(recipe.seed, step)
         rng = np.random.default_rng(seed)
         if recipe.rectangles:
-            rows = rng.integers(len(fixed), size=recipe.batch_size)
-            rectangles = fixed[rows]
+            rows = rng.integers(len(known), size=recipe.batch_size)
+            rectangles = known[rows]
         else:
             rectangles = draw_rectangles(recipe.batch_size, rng, recipe.task)
-        points = fixed_points[rows] if recipe.fixed_points else draw_points(recipe.task, rectangles, recipe.points, rng)
+        points = known_points[rows] if recipe.fixed_points else draw_points(recipe.task, rectangles, recipe.points, rng)
         tokens = torch.from_numpy(tokenizer.nearest(coverage(rectangles, points)))
         coords = torch.from_numpy(GRID_POINTS if recipe.task == "grid" else points).float()
         mask = maskgit.training_mask(tokens.shape, recipe.mask, torch.Generator().manual_seed(seed), coords)
@@ -139,11 +141,10 @@ def make_batch(tokenizer, recipe):
 
 
 def posterior_chain(rectangles, points, mask, tokenizer, rng, task):
-    """An endless chain of rectangles (B, 4) and their tokens (B, T), which agree with the visible ones of the first.
-
-    A rectangle is itself an exact draw from the posterior given its own visible tokens. Starting there, symmetric
-    proposals that are kept when all visible tokens stay as they are (Metropolis, uniform prior) leave every state such
-    a draw. A proposal moves some of the four sides, by up to a distance between the image's size and a thousandth."""
+    """An endless chain of rectangles (B, 4) and their tokens (B, T), which agree with those of the given rectangles
+    wherever mask is False. A rectangle is itself an exact draw from the posterior given its own visible tokens.
+    Starting there, symmetric proposals, kept if all visible tokens stay as they are (Metropolis, uniform prior), leave
+    every state such a draw. A proposal moves some sides by up to a distance between SIZE and a thousandth of it."""
     tokens = observed = tokenizer.nearest(coverage(rectangles, points))
     while True:
         reach = SIZE * 2.0 ** -rng.uniform(0, 10, size=(len(rectangles), 1))
@@ -169,11 +170,11 @@ class TestSet(NamedTuple):
     posterior: np.ndarray  # (B, T, K): the probability of each code
 
 
-def make_test(task, rectangles, tokenizer, *, points=24, mask="0.2", proposals=1, seed=TEST_SEED):
+def make_test(task, rectangles, tokenizer, *, proposals, point_count=24, mask="0.2", seed=TEST_SEED):
     """A TestSet: the task's tokens of these rectangles, and the posterior of the hidden ones from a chain of so many
     proposals. mask: a kind of training_mask, or "left half" for the patches whose centres lie there."""
-    rng = np.random.default_rng([seed, 1])
-    points = draw_points(task, rectangles, points, rng)
+    rng = np.random.default_rng([seed, 1])  # a stream of its own
+    points = draw_points(task, rectangles, point_count, rng)
     tokens = tokenizer.nearest(coverage(rectangles, points))
     if mask == "left half":
         hidden = points[..., 0] + PATCH / 2 < SIZE / 2
@@ -205,8 +206,8 @@ def hidden_log_probs(model, test):
 
 def score(model, test):
     """Cross-entropy and accuracy on the hidden tokens, beside the posterior's own: expectations over the posterior.
-    hits counts the tokens that were really there; posterior_accuracy and posterior_hits agree, up to chance, if the
-    chain has mixed. commonest: of always answering the commonest token."""
+    hits: the share of answers that are the true token; posterior_accuracy and posterior_hits agree, up to chance, if
+    the chain has mixed. commonest: the hits of always answering the commonest token."""
     log_probs = hidden_log_probs(model, test)
     truth = torch.from_numpy(test.posterior[test.mask])
     tokens = torch.from_numpy(test.tokens[test.mask])
@@ -221,10 +222,8 @@ def score(model, test):
     return {name: value.item() for name, value in figures.items()}
 
 
-def fill(model, test, order=None, **options):
+def fill(model, test, order=ORDER, **options):
     """The test's tokens with the hidden ones filled in by decode: (B, T)."""
-    # On validation rectangles a larger budget than decode's own completed more grids to rectangles, in fewer calls.
-    order = order or functools.partial(maskgit.by_entropy, budget=0.3)
     device = next(model.parameters()).device
     start = [torch.from_numpy(array).to(device) for array in (test.tokens, test.mask, test.points.astype(np.float32))]
     generator = torch.Generator(device).manual_seed(TEST_SEED)
@@ -248,10 +247,10 @@ def score_pictures(model, test, tokenizer):
 
 def paint_patches(points, tokens, tokenizer):
     """The centroids of tokens (T,) pasted at points (T, 2), averaged where they overlap, grey where none is: (H, W)."""
-    total, count = np.zeros((2, SIZE * CELL, SIZE * CELL))
-    for (x, y), token in zip(np.rint(points * CELL).astype(int), tokens, strict=True):
-        area = slice(y, y + PATCH * CELL), slice(x, x + PATCH * CELL)
-        total[area] += tokenizer.centroids[token].reshape(PATCH, PATCH).repeat(CELL, axis=0).repeat(CELL, axis=1)
+    total, count = np.zeros((2, SIZE * SCALE, SIZE * SCALE))
+    for (x, y), token in zip(np.rint(points * SCALE).astype(int), tokens, strict=True):
+        area = slice(y, y + PATCH * SCALE), slice(x, x + PATCH * SCALE)
+        total[area] += tokenizer.centroids[token].reshape(PATCH, PATCH).repeat(SCALE, axis=0).repeat(SCALE, axis=1)
         count[area] += 1
     return np.where(count > 0, total / count.clip(min=1), GREY)
 
@@ -261,41 +260,42 @@ def paint_boxes(picture, boxes):
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).convert("RGB")
     pen = ImageDraw.Draw(image)
     for *corners, colour in boxes:
-        x0, y0, x1, y1 = (round(corner * CELL) for corner in corners)
+        x0, y0, x1, y1 = (round(corner * SCALE) for corner in corners)
         pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
     return np.asarray(image, dtype=np.float32) / 255
 
 
 def paint_grid_samples(model, tests, tokenizer):
     """Truth, masked, filled, of two images: a row for each test. A dot marks the centre of a hidden patch."""
-    cells = []
-    for whole in tests:
-        test = TestSet(*(array[[len(array) // 2, -1]] for array in whole))
+    pictures = []
+    for whole in tests.values():
+        test = TestSet(*(array[[len(array) // 2, -1]] for array in whole))  # by the cosine, much and little is hidden
         for tokens, mask, answer in zip(test.tokens, test.mask, fill(model, test), strict=True):
             dots = [(x - 0.2, y - 0.2, x + 0.2, y + 0.2, ORANGE) for x, y in GRID_POINTS[mask] + PATCH / 2]
             pasted = [(GRID_POINTS, tokens, []), (GRID_POINTS[~mask], tokens[~mask], dots), (GRID_POINTS, answer, [])]
-            cells += [paint_boxes(paint_patches(points, each, tokenizer), boxes) for points, each, boxes in pasted]
-    return maskgit.image_grid(np.stack(cells), 6, titles=["truth", "masked", "filled"] * 2)
+            pictures += [paint_boxes(paint_patches(points, each, tokenizer), boxes) for points, each, boxes in pasted]
+    return maskgit.image_grid(np.stack(pictures), 6, titles=["truth", "masked", "filled"] * 2)
 
 
-def paint_sparse_samples(model, whole, tokenizer, draws):
+def paint_sparse_samples(model, tests, tokenizer, proposals):
     """A row for each of four images: the visible patches; with the predicted ones; with the true ones; and the mean of
-    so many draws from the posterior. Hidden patches are framed in orange, the true rectangle in red."""
-    test = TestSet(*(array[:4] for array in whole))
+    every tenth draw from the posterior. Hidden patches are framed in orange, the true rectangle in red."""
+    test = TestSet(*(array[:4] for array in tests["unseen rectangles"]))
     predicted = test.tokens.copy()
     predicted[test.mask] = hidden_log_probs(model, test).argmax(dim=-1).numpy()
     rng = np.random.default_rng(TEST_SEED)
     chain = posterior_chain(test.rectangles, test.points, test.mask, tokenizer, rng, "sparse")
-    mean = np.zeros((len(test.rectangles), SIZE * CELL, SIZE * CELL), dtype=np.float32)
+    mean = np.zeros((len(test.rectangles), SIZE * SCALE, SIZE * SCALE), dtype=np.float32)
+    draws = proposals // 10
     for rectangles, _ in itertools.islice(chain, 0, 10 * draws, 10):
-        mean += paint_rectangles(rectangles * CELL, SIZE * CELL)[..., 0] / draws
-    cells = []
+        mean += paint_rectangles(rectangles * SCALE, SIZE * SCALE)[..., 0] / draws
+    pictures = []
     for i, (points, mask) in enumerate(zip(test.points, test.mask, strict=True)):
         boxes = [(x, y, x + PATCH, y + PATCH, ORANGE) for x, y in points[mask]] + [(*test.rectangles[i], RED)]
         pasted = [(points[~mask], test.tokens[i][~mask]), (points, predicted[i]), (points, test.tokens[i])]
-        pictures = [paint_patches(*patches, tokenizer) for patches in pasted]
-        cells += [paint_boxes(picture, boxes) for picture in (*pictures, mean[i])]
-    return maskgit.image_grid(np.stack(cells), 4, titles=["visible", "predicted", "true tokens", "posterior's mean"])
+        painted = [paint_patches(*patches, tokenizer) for patches in pasted]
+        pictures += [paint_boxes(picture, boxes) for picture in (*painted, mean[i])]
+    return maskgit.image_grid(np.stack(pictures), 4, titles=["visible", "predicted", "true tokens", "posterior's mean"])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,22 +323,23 @@ def make_tests(recipe, tokenizer, test_images, proposals):
         return {name: make(unseen, mask=mask) for name, mask in masks.items()}
     tests = {"unseen rectangles": make(unseen)}
     if recipe.rectangles:
-        tests["training rectangles"] = make(draw_rectangles(recipe.rectangles, recipe.seed))
-    return tests | {f"{t} points": make(unseen[: len(unseen) // 4], points=t) for t in (6, 12, 48, 96)}
+        tests["training rectangles"] = make(draw_rectangles(recipe.rectangles, recipe.seed, "grid"))
+    return tests | {f"{t} points": make(unseen[: len(unseen) // 4], point_count=t) for t in (6, 12, 48, 96)}
 
 
 def save_pictures(out, recipe, tokenizer, history, limit):
     """All but the samples: rectangles.png, centroids.png and loss.png."""
-    rectangles = draw_rectangles(3, TEST_SEED)
+    rectangles = draw_rectangles(3, TEST_SEED, "grid")
+    fine = paint_rectangles(rectangles * PIXELS, SIZE * PIXELS)
     coarse = paint_rectangles(rectangles).repeat(PIXELS, axis=1).repeat(PIXELS, axis=2)
-    versions = np.concatenate(np.stack([paint_rectangles(rectangles * PIXELS, SIZE * PIXELS), coarse], axis=1))
-    maskgit.image_grid(versions, 6, titles=["256x256", "16x16"] * 3).save(out / "rectangles.png")
+    pairs = np.stack([fine, coarse], axis=1).reshape(-1, *fine.shape[1:])
+    maskgit.image_grid(pairs, 6, titles=["256x256", "16x16"] * 3).save(out / "rectangles.png")
     centroids = tokenizer.centroids[tokenizer.centroids.mean(axis=1).argsort()].reshape(CODES, PATCH, PATCH, 1)
     maskgit.image_grid(centroids, CODES // 2, scale=16).save(out / "centroids.png")
     steps = [row["step"] for row in history]
     curves = {f"training, mask {recipe.mask}": (steps, [row["loss"] for row in history])}
     curves["unseen, mask 0.2"] = (steps, [row["unseen"] for row in history])
-    curves["posterior, mask 0.2"] = (steps, [limit] * len(steps))
+    curves["posterior, test rectangles"] = (steps, [limit] * len(steps))
     labels = dict(title=f"Rectangles, {recipe.task} task", y_label="cross-entropy, nats per hidden token")
     maskgit.line_plot(curves, **labels).save(out / "loss.png")
 
@@ -355,8 +356,8 @@ def print_results(scores, pictures):
     for name, row in pictures.items():
         table.append([name])
         for ours, other in (("drawn", "posterior"), ("likeliest", "tokenizer")):
-            mean, deviation = row[f"{ours}_excess"]
-            table[-1] += [f"{row[ours]:.5f}", f"{row[other]:.5f}", f"{mean:+.5f} (s.e. {deviation:.5f})"]
+            mean, error = row[f"{ours}_excess"]
+            table[-1] += [f"{row[ours]:.5f}", f"{row[other]:.5f}", f"{mean:+.5f} (s.e. {error:.5f})"]
     head = ["mean error of a cell", "drawn", "posterior draw", "excess", "likeliest", "true tokens", "excess"]
     if pictures:
         maskgit.print_table(head, table)
@@ -388,11 +389,11 @@ def main():
     recipe = recipe.for_device(device)
     out = arguments.out
     if arguments.resume:
-        tokenizer = maskgit.load_checkpoint(out / "model.pt")["tokenizer"]
+        tokenizer = maskgit.load_checkpoint(out / "model.pt")["tokenizer"]  # k-means may round otherwise now
     else:
         tokenizer = fit_tokenizer(recipe.seed)
     rectangles = draw_rectangles(VALIDATION_COUNT[recipe.task], VALIDATION_SEED, recipe.task)
-    unseen = make_test(recipe.task, rectangles, tokenizer, seed=VALIDATION_SEED)
+    unseen = make_test(recipe.task, rectangles, tokenizer, proposals=1, seed=VALIDATION_SEED)  # no posterior needed
     options = dict(out=out, resume=arguments.resume, force=arguments.force)
     model, history = train_model(recipe, tokenizer, unseen, device, **options)
     if maskgit.process_rank()[0] > 0:
@@ -402,10 +403,9 @@ def main():
     figures = {"scores": {name: score(model, test) for name, test in tests.items()}}
     if recipe.task == "grid":
         figures["pictures"] = {name: score_pictures(model, test, tokenizer) for name, test in tests.items()}
-        samples = paint_grid_samples(model, tests.values(), tokenizer)
+        paint_grid_samples(model, tests, tokenizer).save(out / "samples.png")
     else:
-        samples = paint_sparse_samples(model, tests["unseen rectangles"], tokenizer, arguments.proposals // 10)
-    samples.save(out / "samples.png")
+        paint_sparse_samples(model, tests, tokenizer, arguments.proposals).save(out / "samples.png")
     save_pictures(out, recipe, tokenizer, history, figures["scores"]["unseen rectangles"]["limit"])
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
     figures |= {"log": history[-1], "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}

@@ -1,5 +1,5 @@
-"""S1's and S2's squares: black and white 8x8 images with one filled square, and a prior so small that the
-best possible answer to every question can be computed.
+"""S1's and S2's squares (sources: see maskgit.py): black and white 8x8 images with one filled square, and a prior so
+small that the best possible answer to every question can be computed.
 
     python train_squares.py                                  the default: 4 minutes on 2 CPU cores
     python train_squares.py --preset post2 --device cuda     S2's sizes (post1: S1's), for a GPU
@@ -25,7 +25,7 @@ BLACK = 0
 WHITE = 1
 MASK_ID = 2
 TASKS = {"cosine": "cosine masking", "single": "one masked pixel", "0.2": "20 % masked"}
-SOURCES = {"cosine": "S1: does not converge", "single": "S2: essentially perfect", "0.2": "S2: solved"}
+REPORTS = {"cosine": "S1: does not converge", "single": "S2: essentially perfect", "0.2": "S2: solved"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Squares(maskgit.Experiment):
 
     grid: int = setting(8, "pixels per side of an image", low=1)
     min_side: int = setting(2, "of a square", low=1)
-    max_side: int = setting(5, "included: 2 to 5 are S1's 126 images, 2 to 6 are 135", low=1)
+    max_side: int = setting(5, "included: 2 to 5 are S1's 126 images", low=1)
     presentations: int = setting(1, "how often an epoch shows every image", low=1)
 
 
@@ -64,13 +64,13 @@ def agreeing(prior, shown):
 
 def posterior(prior, shown):
     """The exact probability of white at every pixel: the mean of all images of the prior that agree with what is shown,
-    0 where none does. (B, T)"""
+    or 0 if none does, as after a wrong draw. (B, T)"""
     agree = agreeing(prior, shown).float()
     return agree @ prior.float() / agree.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def image_posterior(prior, shown):
-    """The exact probability of every image: (B, M)."""
+    """The exact probability of every image of the prior, some of which agree with what is shown: (B, M)."""
     agree = agreeing(prior, shown).double()
     return agree / agree.sum(dim=1, keepdim=True)
 
@@ -97,7 +97,7 @@ class ExactModel:
 # ---------------------------------------------------------------------------------------------------
 # Training data, and scores against the posterior
 
-# Images and masks that no training run draws, unless its seed is as large.
+# No training run draws its masks from these seeds.
 VALIDATION_SEED = 10**9
 VALIDATION_COUNT = 256
 TEST_SEED = 10**9 + 1
@@ -111,7 +111,7 @@ def make_batch(prior, recipe):
 
     @functools.lru_cache(maxsize=4)
     def epoch_order(epoch):
-        generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, -1 - epoch))
+        generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, -1 - epoch))  # -1, -2, ...: no step's
         return (torch.randperm(length, generator=generator) % len(prior)).tolist()
 
     def batch(step):
@@ -152,17 +152,14 @@ def score(model, prior, kind, count, seed):
 # ---------------------------------------------------------------------------------------------------
 # Completions: is the filled image a square, and are all the right ones equally likely?
 
-# Orders that depend on drawn tokens or numbers, such as the paper's, have to be counted: in so many completions.
-EXACT_DRAWS = 20_000
-MODEL_DRAWS = 1000
-
 
 def fill(model, shown, device, **options):
-    """Fill in what is hidden by decode; returns [(tokens, mask)] before the first step and after each, (B, T) both."""
+    """Fill in, by decode, what is hidden; returns [(tokens, mask)] before the first step and after each: (B, T) all."""
     tokens = shown.to(device)
-    states = [(tokens, tokens == MASK_ID)]
+    mask = tokens == MASK_ID
+    states = [(tokens, mask)]
     generator = torch.Generator(device).manual_seed(TEST_SEED)
-    maskgit.decode(model, *states[0], pixel_coords(tokens).to(device), generator=generator, trace=states, **options)
+    maskgit.decode(model, tokens, mask, pixel_coords(tokens).to(device), generator=generator, trace=states, **options)
     return [(tokens.cpu(), mask.cpu()) for tokens, mask in states]
 
 
@@ -172,10 +169,10 @@ def network_calls(states):
 
 
 def completion_inputs(prior):
-    """{name: what is shown of every image of the prior, MASK_ID where hidden}; the names say what is shown."""
+    """{what is shown: every image of the prior, with MASK_ID where hidden}, of (M, T) each."""
     x, y = pixel_coords(prior).T
     middle = math.isqrt(prior.shape[1]) / 2
-    visible = {"nothing": x < 0, "left half": x < middle, "right half": x >= middle}
+    visible = {"nothing": torch.zeros_like(x, dtype=torch.bool), "left half": x < middle, "right half": x >= middle}
     visible |= {"top half": y < middle, "bottom half": y >= middle}
     visible["random half"] = ~maskgit.random_mask(prior.shape, 0.5, torch.Generator().manual_seed(TEST_SEED))
     return {name: prior.masked_fill(~region, MASK_ID) for name, region in visible.items()}
@@ -183,12 +180,11 @@ def completion_inputs(prior):
 
 def follow_images(model, prior, shown, device, order, **options):
     """The probability with which decode completes each input to each image of the prior, exactly and without drawing
-    one; and the network calls on the way there: (B, M) both.
-
-    Every image that agrees with an input is followed: whatever the order commits takes the image's value, and the
-    probabilities of these values multiply. The order may neither look at drawn tokens nor draw numbers."""
+    one; and the network calls on the way there: (B, M) both. Every image that agrees with an input is followed:
+    whatever the order commits takes the image's value, and the probabilities of these values multiply. The order may
+    neither look at drawn tokens nor draw numbers."""
     distinct, which = shown.unique(dim=0, return_inverse=True)
-    row, image = agreeing(prior, distinct).nonzero(as_tuple=True)
+    given, image = agreeing(prior, distinct).nonzero(as_tuple=True)
     truth = prior[image].to(device)  # (n, T): where each of the n pairs of input and image ends
     log_probs = torch.zeros(truth.shape, device=device)
 
@@ -199,40 +195,45 @@ def follow_images(model, prior, shown, device, order, **options):
         return tokens
 
     def blind_order(state):
-        return order(state._replace(tokens=None, generator="none"))  # who uses either, fails
+        return order(state._replace(tokens=None, generator="none"))  # using either fails; None is the global generator
 
-    states = fill(model, distinct[row], device, order=blind_order, sample=follow, **options)
+    states = fill(model, distinct[given], device, order=blind_order, sample=follow, **options)
     found, calls = torch.zeros(2, len(distinct), len(prior), dtype=torch.float64)
-    found[row, image] = log_probs.cpu().double().sum(dim=1).exp()
-    calls[row, image] = network_calls(states)
+    found[given, image] = log_probs.cpu().double().sum(dim=1).exp()
+    calls[given, image] = network_calls(states)
     return found[which], calls[which]
 
 
 def total_variation(found, truth):
-    """Half the summed difference of probabilities (..., B, M), and of what is left to 1: completions that are no image
-    of the prior. Mean over the inputs."""
+    """Half the summed difference of the probabilities (..., B, M) of the images and of one more outcome, a completion
+    that is none of them. Mean over the inputs."""
     return float(((found - truth).abs().sum(dim=-1) + 1 - found.sum(dim=-1)).mean()) / 2
 
 
 def judge(found, truth, calls, weights):
     """Completions beside the posterior, both (B, M): valid, the share of those that are an image of the prior; total
-    variation; and network calls, whose mean is weighted."""
+    variation; and network calls, averaged by `weights`: a followed completion's probability, or 1 for a counted one."""
     result = {"valid": float(found.sum(dim=1).mean()), "total_variation": total_variation(found, truth)}
     return result | {"calls": float((calls * weights).sum() / weights.sum()), "most_calls": int(calls.max())}
 
 
 def judge_followed(model, prior, shown, device, **options):
-    """Exactly, of an order that can be followed; with the KL divergence of the completions from the posterior."""
+    """judge's figures, exact, of an order that can be followed; and the KL divergence from the posterior."""
     truth = image_posterior(prior, shown)
     found, calls = follow_images(model, prior, shown, device, **options)
     ratio = torch.where(truth > 0, truth / found, 1)
-    kl = (truth * ratio.log()).sum(dim=1).mean().clamp(min=0)
+    kl = (truth * ratio.log()).sum(dim=1).mean().clamp(min=0)  # rounding
     return {"kl": float(kl)} | judge(found, truth, calls, found)
 
 
+# Completions drawn where they cannot be followed, with exact marginals and with the model.
+EXACT_DRAWS = 20_000
+MODEL_DRAWS = 1000
+
+
 def judge_counted(model, prior, shown, device, draws, **options):
-    """By about so many completions, as many of each distinct input; with exact_sampling, the total variation that as
-    many draws from the posterior itself would show, on average over 100 tries."""
+    """judge's figures from about `draws` completions, as many of each distinct input; and exact_sampling, the total
+    variation that as many draws from the posterior itself would show, on average over 100 tries."""
     distinct, which = shown.unique(dim=0, return_inverse=True)
     each = math.ceil(draws / len(distinct))
     states = fill(model, distinct.repeat_interleave(each, dim=0), device, **options)
@@ -247,15 +248,15 @@ def judge_counted(model, prior, shown, device, draws, **options):
 
 
 def score_completions(model, prior, device):
-    """A row per input, and one for the paper's order from nothing: with the exact posterior's marginals in the model's
-    place, and with the model's."""
+    """A row per input, and one for the paper's order from nothing: with exact marginals, and with the model's."""
     rows = []
     exact = ExactModel(prior.to(device))
     inputs = completion_inputs(prior)
+    order = functools.partial(maskgit.by_entropy, budget=0.001)
     for given, shown in inputs.items():
         row = {"given": given, "order": "entropy", "setting": "budget 0.001"}
-        row["exact"] = judge_followed(exact, prior, shown, device, order=maskgit.by_entropy)
-        row["model"] = judge_followed(model, prior, shown, device, order=maskgit.by_entropy)
+        row["exact"] = judge_followed(exact, prior, shown, device, order=order)
+        row["model"] = judge_followed(model, prior, shown, device, order=order)
         rows.append(row)
     row = {"given": "nothing", "order": "confidence", "setting": "16 steps"}
     papers = dict(order=maskgit.by_confidence, steps=16)
@@ -317,8 +318,7 @@ def train_model(recipe, prior, device, **options):
     """A trained MaskGIT, and the rows of its log with the expected cross-entropy on unseen masks in each."""
 
     def validate(model):
-        result = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)
-        return {"cross_entropy": result["cross_entropy"]}
+        return {"cross_entropy": score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["cross_entropy"]}
 
     model = recipe.new_model(2, device)
     return model, maskgit.train(model, make_batch(prior, recipe), recipe, validate=validate, **options)
@@ -367,7 +367,7 @@ def main():
     figures |= {"tasks": tasks, "completions": completions}
     if arguments.weights:
         maskgit.save_checkpoint(arguments.weights, model, config=asdict(recipe), step=recipe.steps)
-        figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
+        figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()  # a test compares them
 
     limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
     paint_loss(history, limit, recipe.mask).save(out / "loss.png")
@@ -378,8 +378,8 @@ def main():
     table = []
     for kind, row in tasks.items():
         table.append([TASKS.get(kind, kind), f"{row['kl']:.5f}", f"{row['cross_entropy']:.4f}", f"{row['limit']:.4f}"])
-        table[-1] += [f"{row['accuracy']:.2%}", f"{row['posterior_accuracy']:.2%}", SOURCES.get(kind, "")]
-    maskgit.print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "source"], table)
+        table[-1] += [f"{row['accuracy']:.2%}", f"{row['posterior_accuracy']:.2%}", REPORTS.get(kind, "")]
+    maskgit.print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "reported"], table)
     print_completions(completions)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))

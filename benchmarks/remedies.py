@@ -81,7 +81,7 @@ def train_with(remedy, recipe, tokenizer, device):
     """train_rectangles.train_model with one of the REMEDIES."""
     count = train_rectangles.VALIDATION_COUNT["sparse"]
     rectangles = train_rectangles.draw_rectangles(count, VALIDATION_SEED, "sparse")
-    unseen = train_rectangles.make_test("sparse", rectangles, tokenizer, seed=VALIDATION_SEED)
+    unseen = train_rectangles.make_test("sparse", rectangles, tokenizer, proposals=1, seed=VALIDATION_SEED)
     draw = {"points near edges": points_without(off_edges), "no corners": points_without(on_corners)}
     draw = draw.get(remedy, draw_points)
     loss = maskgit.masked_cross_entropy
@@ -109,7 +109,7 @@ def main():
         make = functools.partial(
             train_rectangles.make_test, "sparse", tokenizer=tokenizer, proposals=arguments.proposals
         )
-        tests = {"unseen": make(unseen), "seen": make(train_rectangles.draw_rectangles(100, seed))}
+        tests = {"unseen": make(unseen), "seen": make(train_rectangles.draw_rectangles(100, seed, "grid"))}
         for (source, count), remedy in itertools.product(SOURCES.items(), REMEDIES):
             varied = replace(recipe, seed=seed, rectangles=count)
             model, history = train_with(remedy, varied, tokenizer, device)

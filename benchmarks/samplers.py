@@ -329,7 +329,7 @@ def run_on_grid(record, arguments, device):
     checkpoint = load_checkpoint(arguments.out / "model.pt", device)
     model = checkpoint["model"]
     tokenizer = checkpoint["tokenizer"]
-    rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED)
+    rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED, "grid")
     for hidden, mask in (("left half", "left half"), ("all", "1.0")):
         test = train_rectangles.make_test("grid", rectangles, tokenizer, mask=mask, proposals=GRID_PROPOSALS)
         drawn = tokenizer.nearest(train_rectangles.coverage(test.draws, test.points))

@@ -68,7 +68,7 @@ def test_halton_visits_the_quarters_in_turn():
 
 def test_a_grid_is_explained_by_its_rectangle_alone():
     tokenizer = train_rectangles.fit_tokenizer(0)
-    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(6, 1))
+    images = train_rectangles.paint_rectangles(train_rectangles.draw_rectangles(6, 1, "grid"))
     tokens = tokenizer.encode(images).reshape(6, 169)
     broken = tokens.copy()
     broken[:, 80] = (broken[:, 80] + 1) % 20
