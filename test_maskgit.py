@@ -4,9 +4,11 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -18,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -74,6 +77,23 @@ def refusal(function, *arguments, **options):
     return str(error.value)
 
 
+def ending(main):
+    """The exit code of a script's main(), as if it had a process of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maskgit, "STATUS", dict(training=False, checkpoint=None, signal=None))
+        for stream in ("stdout", "stderr"):
+            patch.setattr(sys, stream, getattr(sys, stream))  # since it is replaced
+        try:
+            maskgit.run_as_script(main)
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
 one_record = functools.cache(maskgit.run_record)
 
 
@@ -87,11 +107,19 @@ def call(script, *arguments):
         patch.setattr(train_squares, "EXACT_DRAWS", 100)
         patch.setattr(train_squares, "MODEL_DRAWS", 20)
         patch.setattr(fid, "release_path", lambda: Path("no-weights-here.pth"))
-        try:
-            maskgit.run_as_script(script.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+        return ending(script.main)
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """As on a full disk, no file may become larger than `size` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -362,6 +390,23 @@ def test_the_extremes_of_the_random_numbers_are_masks(extreme, monkeypatch):
         hidden = training_mask((rows, 9), kind).sum(dim=1)
         assert hidden.min() >= 1 and hidden.max() <= 9
         assert hidden[-1] == 1 if extreme else hidden[0] == 9
+
+
+def test_random_numbers_are_the_same_whatever_the_default_type():
+    log_probs = torch.randn(99, 5, generator=seeded()).log_softmax(dim=-1)
+
+    def draw():
+        step = maskgit.Step(log_probs, None, torch.arange(99), None, None, 1, 2, seeded())
+        kinds = [*maskgit.SCHEDULES, *maskgit.REGIONS, "0.2"]
+        masks = [training_mask((50, 16), kind, seeded(), grid_coords(4, 4)) for kind in kinds]
+        return [*masks, maskgit.categorical(step), maskgit.at_random(step)]
+
+    expected = draw()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(map(torch.equal, draw(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_masked_cross_entropy_by_hand():
@@ -872,6 +917,47 @@ def test_checkpoint_is_replaced_whole(function, tmp_path, monkeypatch):
     assert saved(tmp_path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path, capsys):
+    """Whatever the room that is left, from none to all but a byte."""
+    again = functools.partial(trained, steps=1, seed=1, out=tmp_path, force=True)
+    trained(steps=1, out=tmp_path)
+    checkpoint = (tmp_path / "model.pt").read_bytes()
+    for size in (*range(0, len(checkpoint), len(checkpoint) // 30), len(checkpoint) - 1):
+        capsys.readouterr()
+        with room_for(size):
+            assert ending(again) == 2
+        assert re.fullmatch(r"step 1/1 .*\nerror: \[Errno 27\] .*\n", capsys.readouterr().err)
+        assert {file.name for file in tmp_path.iterdir()} == {"model.pt", "log.csv"}
+        assert (tmp_path / "model.pt").read_bytes() == checkpoint
+    assert ending(again) == 0 and (tmp_path / "model.pt").read_bytes() != checkpoint
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_a_checkpoint(number, code, tmp_path, capsys):
+    """Of the step under way, from which it resumes to the very same weights. Before a training, and if it comes twice,
+    it ends the run at once; where it is ignored, as in the background of a shell, it does nothing."""
+
+    def batch(times, step):
+        for _ in range(times * (step == 3)):
+            signal.raise_signal(number)
+        return striped_batch(step)
+
+    options = {"steps": 9, "log_rows": 2, "dropout": 0.1, "out": tmp_path / "run"}
+    for times, at_once in ((1, False), (2, True)):
+        assert ending(lambda times=times: trained(functools.partial(batch, times), force=True, **options)) == code
+        assert saved(tmp_path / "run")["step"] == 4
+        said = "interrupted" if at_once else f"interrupted; --resume goes on from {tmp_path}/run/model.pt"
+        assert capsys.readouterr().err == f"{said}\n"
+    resumed, rows = trained(resume=True, **options)
+    assert torch.equal(resumed, trained(**options | {"out": None})[0]) and [row["step"] for row in rows] == [4, 8, 9]
+    interrupted = functools.partial(signal.raise_signal, number)
+    assert ending(interrupted) == code and capsys.readouterr().err.endswith("left   \ninterrupted\n")
+    before = signal.signal(number, signal.SIG_IGN)
+    ignored = ending(interrupted)
+    signal.signal(number, before)
+    assert ignored == 0
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch owned",)
@@ -891,7 +977,11 @@ def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
         path.write_bytes(wrong) if isinstance(wrong, bytes) else torch.save(wrong, path)
         assert "model.pt is damaged or no checkpoint" in refusal(saved, tmp_path)
     assert not (tmp_path / "owned").exists()
-    assert "No such file" in refusal(saved, tmp_path / "nowhere")
+    assert "No such file" in refusal(saved, tmp_path / "nowhere") and "a directory" in refusal(saved, path / "..")
+    monkeypatch.setattr(maskgit.MaskGIT, "to", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    path.write_bytes(whole)
+    with pytest.raises(torch.OutOfMemoryError):  # which is not the file's fault
+        saved(tmp_path)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -941,18 +1031,42 @@ def test_settings_become_flags_and_flags_settings(monkeypatch, capsys):
 
 
 def test_bad_input_is_one_line_and_a_bug_has_its_traceback(capsys):
-    for error, code, said in [
-        (maskgit.InputError("no such hole\nat all"), 2, "error: no such hole\n"),
-        (FileNotFoundError(2, "No such file", "a.png"), 2, "error: [Errno 2] No such file: 'a.png'\n"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: not enough memory: CUDA out of memory\n"),
-        (KeyboardInterrupt(), 130, "interrupted; --resume goes on from the last checkpoint\n"),
+    for error, said in [
+        (maskgit.InputError("no such hole\nat all"), "error: no such hole\n"),
+        (FileNotFoundError(2, "No such file", "a.png"), "error: [Errno 2] No such file: 'a.png'\n"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "error: not enough memory: CUDA out of memory\n"),
     ]:
-        with pytest.raises(SystemExit) as stop:
-            maskgit.run_as_script(Mock(side_effect=error))
-        assert stop.value.code == code and capsys.readouterr().err == said
+        assert ending(Mock(side_effect=error)) == 2 and capsys.readouterr().err == said
     for error in (ValueError, RuntimeError):
         with pytest.raises(error):
-            maskgit.run_as_script(Mock(side_effect=error))
+            ending(Mock(side_effect=error))
+
+
+@pytest.mark.parametrize("stream", ["closed pipe", "full disk", "none", "utf-8", "cp1252", "ascii"])
+def test_lines_that_cannot_be_written_end_nothing(stream, monkeypatch):
+    """They are dropped, or escaped where the encoding lacks a letter."""
+    shown = {"utf-8": "ü की\n", "cp1252": "ü \\u0915\\u0940\n", "ascii": "\\xfc \\u0915\\u0940\n"}.get(stream)
+    file = io.TextIOWrapper(io.BytesIO(), stream) if shown else None
+    if stream == "closed pipe":
+        end, other = os.pipe()
+        os.close(end)
+        file = open(other, "w")  # noqa: SIM115  it is closed below
+    if stream == "full disk" and os.path.exists("/dev/full"):
+        file = open("/dev/full", "w")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, file)
+
+    def main():
+        for target in (sys.stdout, sys.stderr):
+            print("ü की", file=target, flush=True)
+            assert not target.isatty()
+        raise maskgit.InputError("ü की")
+
+    assert ending(main) == 2
+    if shown:
+        assert file.buffer.getvalue().decode(stream) == f"{2 * shown}error: {shown}"
+    elif file:
+        file.close()  # writes nothing more
 
 
 def test_a_record_knows_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
@@ -976,7 +1090,7 @@ def test_image_grid_puts_each_image_in_its_place(tmp_path):
     sheet = np.asarray(maskgit.image_grid(images, 4, scale=5, gap=2))
     assert sheet.shape == (2 * 12 + 2, 4 * 17 + 2, 3)
     assert all((sheet[2 + i // 4 * 12 :, 2 + i % 4 * 17 :][:10, :15] == round(i / 10 * 255)).all() for i in range(6))
-    assert (sheet[:2] == maskgit.FRAME).all() and (sheet[14:, 36:] == maskgit.FRAME).all()
+    assert (sheet[:2] == (170, 190, 215)).all() and (sheet[14:, 36:] == sheet[0, 0]).all()
     colour = np.zeros((1, 1, 1, 3)) + [1, 0.5, 0]
     assert np.asarray(maskgit.image_grid(colour, 1, titles=["orange"]))[-5, 4].tolist() == [255, 128, 0]
     maskgit.save_gif(tmp_path / "a.gif", [Image.new("RGB", (4, 4), (60 * i, 0, 0)) for i in range(4)])
@@ -985,15 +1099,14 @@ def test_image_grid_puts_each_image_in_its_place(tmp_path):
 
 
 def test_line_plot_draws_the_curve_where_it_belongs():
-    labels = {"title": "t", "x_label": "x", "y_label": "y"}
-    picture = maskgit.line_plot({"flat": ([0, 1], [0.5, 0.5])}, references={"a": 0, "b": 1}, **labels)
-    pixels = np.asarray(picture.convert("RGB")).astype(int)
-    blue = (np.abs(pixels - [0, 0x72, 0xB2]).sum(axis=-1) < 60)[:, 80:650].nonzero()
-    assert abs(np.median(blue[0]) - (60 + 468) / 2) <= 2 and blue[1].max() - blue[1].min() > 560
-    shown, more = {"a": ([1, 2], [1, 10])}, {"a": ([1, 2, 2, 1], [1, 10, math.nan, -1])}
-    assert maskgit.line_plot(shown, log_y=True, **labels) == maskgit.line_plot(more, log_y=True, **labels)
+    """Half way between 1 and 100 lies 10; what has no logarithm is left out."""
+    plot = functools.partial(maskgit.line_plot, title="t", y_label="y")
+    curves = {"flat": ([0, 1], [10, 10]), "steep": ([0, 1], [1, 100])}
+    blue = np.abs(np.asarray(plot(curves)).astype(int) - [0, 0x72, 0xB2]).sum(axis=-1) < 60
+    rows, columns = blue[:, 80:650].nonzero()
+    assert abs(np.median(rows) - (60 + 468) / 2) <= 2 and columns.max() - columns.min() > 560
+    assert plot(curves) == plot(curves | {"flat": ([0, 1, 1, 0], [10, 10, math.nan, 0]), "none": ([0, 1], [0, 0])})
     assert maskgit.axis([0, 1], 0, 100)[1] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert maskgit.axis([3, 300], 200, 0, log=True)[0](30) == pytest.approx(100)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1352,6 +1465,9 @@ def test_killed_run_resumes_to_the_very_same_weights(tmp_path):
         (train_squares, "--heads 5", "divisible by"),
         (train_squares, "--device cuda:99", "cannot be used"),
         (train_squares, "--out file/run", "Not a directory"),
+        (train_squares, "--json file/a.json", "File exists: 'file'"),
+        (train_squares, "--weights .", ". is a folder"),
+        (inpaint, "--json .", ". is a folder"),
         (train_rectangles, "--resume", "no checkpoint"),
         (train_rectangles, "--proposals 9", "is below 10"),
         (train_rectangles, "--fixed-points", "need a number of rectangles"),
