@@ -7,14 +7,14 @@
 A token with any hole pixel is hidden, and predicted from the others; a small network, the painter, then corrects its
 pixels by those that are visible. A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 
-Pictures   are what Pillow reads in 8 bits, or grey in 16, where 65535 is white and a tenth of that is reached.
+Pictures   are what Pillow reads in 8 bits, or grey in 16 if their brightest pixel has a tenth of white, 65535.
 Masks      have their picture's size. Brighter than half of white is visible, the rest is the hole (--invert-masks: the
            other way round); of 0 and 1 alone, 1 is white. They are black and white, without transparency.
 Files      hold one image each, turned as their EXIF says. What begins with a dot is left out.
 Names      are compared without case: a mask has (a) its picture's name, (b) this with "mask" or "masks", digits right
-           after that and any of " _-." around it, or (c) the same last number. The first rule that gives each picture
-           one mask and each mask one picture is taken for all. In a folder of both, masks have "mask" in their names. A
-           single picture may leave masks over; a single mask serves all pictures.
+           after that and any of " _-." around it, as cat_mask2 for cat, or (c) the same last number. The first rule by
+           which each picture has one mask and each mask one picture is taken for all. In a folder of both, masks have
+           "mask" in their names. A single picture may leave masks over; a single mask serves all pictures.
 Results    are PNGs of their pictures' names. What was visible is unchanged, as are transparency and colour profile;
            what is neither grey nor RGB of 8 bits becomes that. Nothing is overwritten without --force.
 """
@@ -177,8 +177,9 @@ def read_picture(file):
     grey = image.mode[0] in "1LI"
     if image.mode.startswith("I;16"):
         levels = np.asarray(image)
-        if levels.max() < 65535 / 10:
-            raise InputError(f"{file} has 16 bits, but its brightest value is {levels.max()}: save it with 8 bits")
+        if levels.max() < 65535 / 10 or image.has_transparency_data:
+            dark = f"up to {levels.max()}, or transparent ones"
+            raise InputError(f"{file} has values of 16 bits {dark}: save it with 8 bits")
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -191,15 +192,15 @@ def read_picture(file):
 
 Split = collections.namedtuple("Split", "training validation test")  # pictures (N, size, size, 3) uint8 each
 
-# A picture's digest, read as a number in [0, 1), is below the first for training, from the second on for the test. Of
-# 8,303 distinct photographs 517 are left for validation and 785 for the test, about as many as R1 and R2 had (747).
+# A picture is for training if its digest, read as a number in [0, 1), is below the first, and for the test from the
+# second on. Of 8,303 photographs 517 are for validation and 785 for the test, about as many as R1 and R2 had (747).
 PART_ENDS = (0.843, 0.903)
 
 
 def open_pictures(folder, cartoons, size, seed, out=None):
-    """A Split of a folder's distinct pictures but for those in `out`, cropped at the centre and resized, or without a
-    folder of cartoon cats; and the SHA-256 of them all. The part of a picture depends on its pixels alone, so that
-    others never move it from test to training. Temporary files hold them (TMPDIR says where), not the memory."""
+    """A Split of a folder's distinct pictures but for those in `out`, cropped at the centre and resized; without a
+    folder, of cartoon cats. And the SHA-256 of all. The part of a picture depends on its pixels alone, so that others
+    never move it from test to training. Temporary files hold them (TMPDIR says where), not the memory."""
     sources = picture_files(folder, [out]) if folder else cartoon_cats(cartoons, size, seed)
     files = [tempfile.TemporaryFile() for _ in Split._fields]  # noqa: SIM115  they are closed with the arrays
     distinct = {}  # digest: part
@@ -339,7 +340,7 @@ def paint_features(pen, rng, x, y, width, height):
 # ---------------------------------------------------------------------------------------------------
 # Filling
 
-AT_ONCE = 64  # pictures that the model is given, whatever their number
+AT_ONCE = 64  # the most pictures that a network is given in one call
 GREY = 128  # what R1 and R2 paint the hole with
 VALIDATION_SEED, TEST_SEED, TRAINING_SEED = 1, 2, 3  # of the holes: whatever the seed of a run, they are the same
 
@@ -363,7 +364,7 @@ class Inpainter(NamedTuple):
     """What it takes to fill holes."""
 
     model: nn.Module
-    tokenizer: maskgit.PatchTokenizer  # or what encodes and decodes like one
+    tokenizer: maskgit.PatchTokenizer  # or another script's VQGAN, which is a painter as well and has no centroids
     painter: nn.Module | None  # None leaves pictures as they are decoded
     precision: str  # of the model's answers
 
@@ -381,7 +382,7 @@ def token_mask(tokenizer, holes):
 def model_input(inpainter, images, holes):
     """Tokens (B, T), mask (B, T) and coords (T, 2), for decode, of images (B, S, S, 3) uint8 with holes (B, S, S)."""
     tokenizer = inpainter.tokenizer
-    # Some tokenizers look at the whole picture for each token. None may see into a hole.
+    # A tokenizer that looks at the whole picture for each token must not see into holes; tokens there do not matter.
     visible = paste(images / np.float32(255), holes, np.float32(np.nan))
     tokens = torch.from_numpy(tokenizer.encode(visible))  # (B, h, w)
     tensors = tokens.flatten(1), token_mask(tokenizer, holes), maskgit.grid_coords(*tokens.shape[1:])
@@ -393,7 +394,9 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None):
     tokenizer = inpainter.tokenizer
     tokens, mask, coords = model_input(inpainter, images, holes)
     if filling.sample == "mean":
-        decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence makes strokes in photographs worse
+        decoded = expected_pictures(
+            inpainter, tokens, mask, coords
+        )  # without evidence, which makes strokes in photographs worse
     else:
         order = filling.order
         if order == "confidence":
@@ -444,12 +447,12 @@ def into_holes(decoded, images, holes, painter=None):
     return paste(images, holes, (decoded * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def pixel_evidence(tokenizer, images, holes, noises=6, least_noise=(4 / 255) ** 2, correlated=4):
+def pixel_evidence(tokenizer, images, holes, levels=6, least_noise=(4 / 255) ** 2, correlated=4):
     """Log-likelihood (B, T, K) of each token's visible pixels under each code, up to a term that all codes share. Most
     hidden tokens lie on the rim of a hole and show some of their pixels, which the transformer does not see.
 
     Pixels are taken as normal around those of the code. Flat patches have hardly any noise and edges have much, so the
-    variance may be any of `noises` quantiles of the errors of the picture's wholly visible tokens. As neighbours are
+    variance may be any of `levels` quantiles of the errors of the picture's wholly visible tokens. As neighbours are
     alike, `correlated` pixels count as one. (All three were chosen on validation pictures.)"""
     pixels = maskgit.image_patches(images / np.float32(255), tokenizer.patch, tokenizer.patch)
     visible = ~maskgit.image_patches(holes[..., None].repeat(3, axis=-1), tokenizer.patch, tokenizer.patch)
@@ -457,8 +460,8 @@ def pixel_evidence(tokenizer, images, holes, noises=6, least_noise=(4 / 255) ** 
     errors = np.square(pixels - tokenizer.centroids[tokenizer.nearest(pixels)]).mean(axis=-1)  # (B, T)
     whole = visible.all(axis=-1)
     errors[~whole] = np.nan
-    errors[~whole.any(axis=1)] = 0.01  # nothing to measure them on
-    variances = np.nanquantile(errors, (np.arange(noises) + 0.5) / noises, axis=1).clip(min=least_noise)  # (noises, B)
+    errors[~whole.any(axis=1)] = 0.01  # a guess, with no token to measure
+    variances = np.nanquantile(errors, (np.arange(levels) + 0.5) / levels, axis=1).clip(min=least_noise)  # (levels, B)
     pixels, visible, centroids = map(torch.from_numpy, (pixels, visible.astype(np.float32), tokenizer.centroids))
     shown = visible * pixels
     count = visible.sum(dim=-1, keepdim=True)  # (B, T, 1)
@@ -546,7 +549,7 @@ def train_painter(recipe, tokenizer, pictures, device):
     steps = recipe.painter_steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
     for step in range(steps):
-        rng = np.random.default_rng([recipe.seed, 4, step])  # 4 parts it from the cats'
+        rng = np.random.default_rng([recipe.seed, 4, step])  # with a 4, since the cats' are [seed, i]
         pixels = pictures[np.sort(rng.integers(len(pictures), size=16))] / np.float32(255)
         if recipe.mirror and rng.random() < 0.5:
             pixels = pixels[:, :, ::-1].copy()
@@ -577,7 +580,9 @@ def make_batch(recipe, tokenizer, pictures):
     parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
     grids = np.concatenate([tokenizer.encode(part / np.float32(255)) for part in parts]).astype(np.int32)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
-    with_hole = int(recipe.hole_rows * recipe.batch_size)  # fewer than all: some of these may hide nothing
+    with_hole = int(
+        recipe.hole_rows * recipe.batch_size
+    )  # never all rows: these may come to hide nothing, a batch must not
     of_each = min(1000, 1 + recipe.steps * with_hole)  # holes of each kind: few for a short run
     holes = [make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES]
     holes = token_mask(tokenizer, np.concatenate(holes))  # (3 * of_each, T)
@@ -602,7 +607,7 @@ def train_model(recipe, tokenizer, painter, split, device, **options):
     inpainter = Inpainter(recipe.new_model(recipe.codes, device), tokenizer, painter, recipe.precision)
     validation = with_holes(split.validation[:200], recipe.hole, VALIDATION_SEED)
     inputs = list(input_batches(inpainter, *validation))
-    options |= dict(best_by="validation", validate=lambda model: {"validation": cross_entropy(inpainter, inputs)})
+    options |= dict(best_by="validation", validate=lambda _: {"validation": cross_entropy(inpainter, inputs)})
     if painter is not tokenizer:  # a VQGAN, which is both, stays in its own file
         options |= dict(tokenizer=tokenizer, extra=painter.state_dict())
     return inpainter, maskgit.train(inpainter.model, batch, recipe, **options)
@@ -677,15 +682,15 @@ def score(inpainter, test, seen, filling, seeds):
         for seed in range(seeds if way.sample == "categorical" else 1):
             add(name, fill_in_batches(who, images, holes, way, seed), seed=seed, **asdict(way))
         print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
-    as_set = {}
+    by_holes = {}
     for name, other in {"seen": seen, **{kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}}.items():
-        as_set[name] = picture_scores(*other, fill_in_batches(inpainter, *other, filling))
+        by_holes[name] = picture_scores(*other, fill_in_batches(inpainter, *other, filling))
     entropies = {"test": cross_entropy(inpainter, input_batches(inpainter, *test))}
     entropies["seen"] = cross_entropy(inpainter, input_batches(inpainter, *seen))
     if tokenizer.centroids is not None:  # as a VQGAN has none
         entropies["with evidence"] = cross_entropy(inpainter, input_batches(inpainter, *test, informed=True))
     hidden = {"pixels": float(holes.mean()), "tokens": float(token_mask(tokenizer, holes).float().mean())}
-    return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": as_set, "rows": rows}
+    return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": by_holes, "rows": rows}
 
 
 def ways_to_fill(inpainter, filling):
@@ -739,6 +744,7 @@ def trace_pictures(inpainter, images, holes, filling):
         hidden = mask.cpu().numpy().reshape(-1, side, side)
         hidden = hidden.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)  # (B, S, S)
         decoded = decode_tokens(tokenizer, tokens.masked_fill(mask, 0))
+        # Hidden tokens reach beyond the hole: what stands for them there must not mislead the painter.
         pictures = into_holes(decoded, images, holes | hidden, inpainter.painter)
         shown.append(paste(paste(images, holes, pictures), holes & hidden, np.uint8(GREY)))
     return shown
@@ -768,9 +774,8 @@ def name_keys(file, is_mask):
     return name, without, int(numbers[-1]) if numbers else None
 
 
-def pair_by_name(pictures, masks, some_masks):
-    """{picture: mask} by the first rule that gives each picture a mask of its own and, unless only `some_masks` belong
-    to them, leaves none over."""
+def pair_by_name(pictures, masks, may_leave_masks):
+    """{picture: mask} by the first rule that gives each picture a mask of its own and leaves none over, or may."""
     for rule in range(3):
         by_key = collections.defaultdict(list)
         for mask in masks:
@@ -778,7 +783,7 @@ def pair_by_name(pictures, masks, some_masks):
         by_key.pop(None, None)  # a name without a number
         found = {picture: by_key[name_keys(picture, False)[rule]] for picture in pictures}
         pairs = {picture: theirs[0] for picture, theirs in found.items() if len(theirs) == 1}
-        if len(pairs) == len(set(pairs.values())) == len(pictures) and (some_masks or len(pairs) == len(masks)):
+        if len(pairs) == len(set(pairs.values())) == len(pictures) and (may_leave_masks or len(pairs) == len(masks)):
             return pairs
     both = f"{len(pictures)} pictures ({listed(pictures)}) and {len(masks)} masks ({listed(masks)})"
     raise InputError(f"by their names {both} do not belong together one by one; --help has the rules")
@@ -816,7 +821,8 @@ def read_mask(file, invert):
     one_sided = low < high and (low > white / 2 or high <= white / 2)
     if one_sided or np.mean((levels > white / 8) & (levels < white * 7 / 8)) >= 0.5:
         raise InputError(f"{file} is no mask in black and white: its values are {low} to {high}, and white is {white}")
-    return (levels > white / 2) == invert
+    bright = levels > white / 2
+    return bright if invert else ~bright
 
 
 def read_pair(picture, mask, invert):
@@ -898,10 +904,11 @@ def fill_files(inpainter, size, filling, arguments, seed):
 # One run
 
 DEFAULTS = dict(dim=128, layers=4, hidden=128, batch_size=16, steps=5000)
-# R1 and R2's sizes and optimiser; their training set is three times ours, so an epoch has 12,000 pictures here, too.
+# R1 and R2's sizes and optimiser; as many steps as 100 epochs of their 12,000 pictures take.
 REPORT = dict(dim=768, heads=16, layers=15, hidden=1536, rotary=False, batch_size=10, lr=1e-4, optimizer="adamw")
 REPORT |= dict(betas=(0.9, 0.96), decay="constant", warmup=0, steps=100 * 12_000 // 10, loss="all", mirror=False)
-PRESETS = {"report": REPORT | dict(dropout=0.1, hole_rows=0.0)}
+REPORT |= dict(dropout=0.1, hole_rows=0.0)
+PRESETS = {"report": REPORT}
 
 
 def command_line(description, recipe, filling, out):
@@ -939,10 +946,10 @@ def require_flags(parser, arguments, model):
     needed = [model, arguments.images, arguments.masks]
     if any(needed) and not all(needed):
         parser.error("filling needs a model, --images and --masks: name all three")
-    useless, ours = (TRAINS_ONLY, "a training") if model else (FILLS_ONLY, "filling files")
+    useless, purpose = (TRAINS_ONLY, "a training") if model else (FILLS_ONLY, "filling files")
     for name in sorted(useless & vars(arguments).keys()):
         if getattr(arguments, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} is only for {ours}")
+            parser.error(f"--{name.replace('_', '-')} is only for {purpose}")
 
 
 def parse_arguments():

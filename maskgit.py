@@ -62,7 +62,7 @@ def kmeans(points, k, *, seed=0, restarts=1, max_iter=100, tol=1e-4, init=None):
     points = np.ascontiguousarray(points, dtype=np.float32)
     if points.ndim != 2 or not np.isfinite(points).all():
         raise InputError(f"kmeans needs points of shape (N, D), all of them finite; these have shape {points.shape}")
-    if len(set(map(bytes, points + 0.0))) < k:  # distinct points, as bytes; + 0.0 makes of -0.0 an equal 0.0
+    if len(set(map(bytes, points + 0.0))) < k:  # distinct ones, by their bytes; + 0.0 turns -0.0 into 0.0
         raise InputError(f"{k} clusters asked for, but fewer of the {len(points)} points are distinct")
     if init is not None:
         if np.shape(init) != (k, points.shape[1]):
@@ -88,12 +88,12 @@ def plus_plus(points, k, rng):
 
 
 def lloyd(points, centroids, max_iter, tol):
-    """Move each centroid to the mean of its nearest points, until it stays; one without any to the farthest point."""
+    """Move each centroid to the mean of its points until the shift is small; an empty one to the farthest point."""
     enough = tol * points.var(axis=0, dtype=np.float64).mean()
     labels = nearest_centroid(points, centroids)
     for _ in range(max_iter):
         counts = np.bincount(labels, minlength=len(centroids))
-        sums = np.stack([np.bincount(labels, column, len(counts)) for column in points.T], axis=1)  # (k, D) float64
+        sums = np.stack([np.bincount(labels, weights=x, minlength=len(counts)) for x in points.T], axis=1)  # (k, D)
         moved = (sums / counts.clip(min=1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(counts == 0)
         if len(empty):
@@ -200,11 +200,9 @@ def grid_coords(height, width):
 
 def position_encoding(coords, dim, layout="split"):
     """Sinusoids of real (x, y) coordinates: (..., 2) -> (..., dim), float32, with dim divisible by 4. The first half of
-    the dimensions encodes x, the second half y; even ones are sines, odd ones cosines.
-
-    layout="split" gives each axis all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula,
-    "printed", dimension i has 10000^(-i / dim) whichever its axis, so y has only those below 0.01: rows look alike.
-    """
+    the dimensions encodes x, the second half y; even ones are sines, odd ones cosines. layout="split" gives each axis
+    all frequencies from 1 rad per unit down to almost 1/10000. In S1's formula, "printed", dimension i has
+    10000^(-i / dim) whichever its axis, so y has only those up to 0.01: rows look alike."""
     if dim % 4:
         raise InputError(f"position_encoding needs a dim divisible by 4, not {dim}")
     require_choice("position layout", layout, LAYOUTS)
@@ -219,15 +217,15 @@ def position_encoding(coords, dim, layout="split"):
     return torch.where(index % 2 == 0, angles.sin(), angles.cos())
 
 
-def rotary_angles(coords, dim):
-    """The angles by which attention turns the dim / 2 pairs of numbers of a head: (..., 2) -> (..., dim / 2). Then the
-    product of a query and a key depends on the difference of their positions alone (Su et al., RoFormer, 2021). Half
-    of the pairs follow x, the others y, at frequencies from half a turn per cell, pi, to pi / 100^(1 - 4 / dim)."""
-    if dim % 4:
-        raise InputError(f"rotary attention needs heads whose width is divisible by 4, not {dim}")
-    pairs = dim // 4
+def rotary_angles(coords, width):
+    """The angles by which attention turns the width / 2 pairs of numbers of a head: (..., 2) -> (..., width / 2). Then
+    the product of a query and a key knows their positions by the difference alone (Su et al., RoFormer, 2021). Half of
+    the pairs follow x, the others y, at frequencies from half a turn per cell, pi, to pi / 100^(1 - 4 / width)."""
+    if width % 4:
+        raise InputError(f"rotary attention needs heads whose width is divisible by 4, not {width}")
+    pairs = width // 4
     frequency = math.pi * 100 ** -(torch.arange(pairs, device=coords.device) / pairs)
-    return (coords.float()[..., None] * frequency).flatten(-2)  # (..., dim / 2): x ... x, y ... y
+    return (coords.float()[..., None] * frequency).flatten(-2)  # (..., width / 2): x ... x, y ... y
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -265,7 +263,7 @@ class Attention(nn.Module):
             key = turn(key, angles)
         if query.is_cpu and query.requires_grad and query.dtype == torch.bfloat16:
             # By its definition: on a CPU the backward pass of scaled_dot_product_attention is slow in bf16.
-            x = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+            x = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         else:
             x = F.scaled_dot_product_attention(query, key, value)
         return self.out(x.transpose(1, 2).reshape(b, t, dim))
@@ -365,7 +363,7 @@ SCHEDULES = {
     "exp": lambda r: (math.e - np.exp(r)) / (math.e - 1),
 }
 
-# In floats 0.55 * 100 is 55.00000000000001, which rounds up to 56: before it is rounded a product may be off by this.
+# In floats 0.55 * 100 is 55.00000000000001, which rounds up to 56: ceil and floor forgive a product this much.
 ROUNDING = 1e-9
 
 
@@ -390,14 +388,14 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle, or of a line's two; a point is all: (B, T)."""
+    """The tokens at coords (B, T, 2) on one of four sides of the middle, if none on the next, if none all: (B, T)."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
     sides = torch.cat([beyond, -beyond], dim=-1) > 0  # (B, T, 4): right, below, left, above
     side = torch.randint(4, (rows, 1, 1), generator=generator).expand(-1, tokens, -1)
     half = sides.gather(2, side)[..., 0]
-    across = sides.gather(2, (side + 1) % 4)[..., 0]  # the next side, for tokens that lie on a line along this one
+    across = sides.gather(2, (side + 1) % 4)[..., 0]
     half = torch.where(half.any(dim=1, keepdim=True), half, across)
     return half | ~half.any(dim=1, keepdim=True)
 
@@ -421,16 +419,15 @@ def training_mask(shape, kind, generator=None, coords=None):
 
 
 def mask_of_kind(shape, kind, generator, coords):
-    """Likewise, of a single kind; InputError if it is none."""
-    rows = shape[0]
+    """training_mask of one kind, without +; InputError if it is none."""
     if kind in REGIONS:
         return REGIONS[kind](coords.expand(*shape, 2), generator)
     if kind in SCHEDULES:
         # Stratified: row i draws r from [i / B, (i + 1) / B), so that the loss of a batch depends less on luck.
-        r = (torch.arange(rows) + torch.rand(rows, generator=generator, dtype=torch.float32)) / rows
+        r = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator, dtype=torch.float32)) / shape[0]
         return random_mask(shape, SCHEDULES[kind](r.numpy()).clip(0, 1), generator)  # at 1 the cosine is -4e-8
     try:
-        return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)
+        return random_mask(shape, 0.0 if kind == "single" else float(kind), generator)  # at 0 it hides one
     except ValueError:
         raise InputError(f"{kind!r} is no mask: choose single, a share, {', '.join([*REGIONS, *SCHEDULES])}") from None
 
@@ -438,7 +435,7 @@ def mask_of_kind(shape, kind, generator, coords):
 def masked_cross_entropy(logits, targets, mask, *, count=None):
     """Cross-entropy in nats, averaged over the hidden tokens: a scalar. logits (B, T, K), targets (B, T), mask (B, T).
     count replaces the number of tokens to divide by, so that the parts of a larger batch add up to its mean."""
-    # Flat, so that each token's logits lie side by side: with 1,024 codes on a CPU five times as fast.
+    # Flat, so that each token's logits lie side by side: with 1,024 codes on a CPU five times as fast as (B, K, T).
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
     return (loss * mask).sum() / (mask.sum() if count is None else count)
 
@@ -448,7 +445,7 @@ def masked_cross_entropy(logits, targets, mask, *, count=None):
 
 
 class Step(NamedTuple):
-    """What is known in a step of decode, of the n tokens that are still hidden and of the step."""
+    """What samples and orders are given in a step of decode: the n tokens that are still hidden, and the step."""
 
     log_probs: torch.Tensor  # (n, K): the model's, evidence and temperature included
     row: torch.Tensor  # (n,): the row of its image in the batch, 0 .. B-1, ascending
@@ -491,11 +488,11 @@ def at_random(state):
 
 
 def all_but_lowest(priority, row, left):
-    """Of n tokens in ascending rows (n,) all but the left (B,) of lowest priority (n,) in each row: bool (n,)."""
+    """True for all but the left[r] tokens of lowest priority in each row r: bool (n,). row (n,) is ascending."""
     ascending = priority.argsort(stable=True)
     ascending = ascending[row[ascending].argsort(stable=True)]  # row by row
     first = torch.searchsorted(row, row)  # where each token's row begins
-    return ascending.argsort() - first >= left[row]
+    return ascending.argsort() - first >= left[row]  # argsort of an order gives the ranks
 
 
 def by_entropy(state, budget=0.001):
@@ -533,7 +530,7 @@ def decode(
     order       a name of ORDERS, or such a function: which tokens are committed next.
     sample      a name of SAMPLES ("categorical" is R2's, "argmax" R1's), or such a function: which token each becomes.
     temperature divides the logits.
-    stop_after  a step in which all that is left is committed, whatever the schedule (the reports' sweet spot).
+    stop_after  a step in which all that is left is committed, whatever the schedule (R1, R2).
     evidence    (B, T, K), added to the logits: the log-likelihood of what else is known of each token.
     generator   a torch.Generator on the tokens' device; the same one gives the same tokens.
     trace       a list; each step appends (tokens, mask) as they stand after it, (B, T) both.
@@ -570,7 +567,7 @@ def decode(
             logits = logits + evidence[row, place]
         log_probs = (logits / temperature).log_softmax(dim=-1)
         if log_probs.isnan().any():
-            raise InputError("the model's logits are no numbers")
+            raise InputError("the model's logits, or the evidence, are no numbers")
         had = hidden.sum(dim=1)  # (B,)
         share = float(gamma(t / steps)) if t < last_step else 0.0
         scheduled = torch.tensor([math.floor(share * count + ROUNDING) for count in at_start], device=had.device)
@@ -584,7 +581,7 @@ def decode(
             )
         if bool(((drawn < 0) | (drawn >= model.mask_id)).any()):
             raise InputError(f"a sample is none of the codes 0 .. {model.mask_id - 1}")
-        if choice.dtype == torch.bool:  # the order's own pace; where it chose none of an image, the most certain one
+        if choice.dtype == torch.bool:  # at its own pace: what it chose, or the most certain one; all in the last step
             chosen = torch.zeros_like(had).index_add(0, row, choice.long())
             left = (had - chosen.clamp(min=1)) * (t < last_step)
             choice = log_probs.amax(dim=-1).masked_fill(choice, math.inf)
@@ -671,9 +668,14 @@ def precision_context(device, precision):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def step_seed(seed, step, part=0):
+    """A seed for each part of each step of a run; no two are equal up to a million steps and a thousand parts."""
+    return ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
+
+
 CHECKPOINT_SECONDS = 120  # between two checkpoints
-STATUS = dict(training=False, checkpoint=None, signal=None)  # train says the first two; a signal tells it to stop
-DROPOUT = 500  # the part of step_seed that dropout begins at; batches have part 0
+STATUS = dict(training=False, checkpoint=None, signal=None)  # set by train, the last by stop()
+DROPOUT = 500  # where step_seed's parts for dropout begin; a batch has part 0
 
 
 def train(
@@ -713,8 +715,9 @@ def train(
     saved = printed = time.monotonic()
     row_every = max(1, recipe.steps // recipe.log_rows)
     model.train()
+    stopped = None  # or the signal
     STATUS.update(training=True, signal=None)
-    while state["step"] < recipe.steps and not STATUS["signal"]:
+    while state["step"] < recipe.steps and not stopped:
         torch.manual_seed(step_seed(recipe.seed, state["step"], DROPOUT + rank))
         tokens, mask, coords = batch(state["step"])
         check_tokens(tokens, mask, model.mask_id)
@@ -730,11 +733,12 @@ def train(
         state["loss_sum"] = state["loss_sum"] + loss
         state["seconds"] = time.monotonic() - started
         if rank > 0:
-            continue  # the first process alone reports and writes
+            continue  # the first process alone reports, writes and stops
+        stopped = STATUS["signal"]
         printed = print_progress(state, recipe.steps, printed)
         last = state["step"] == recipe.steps
         row_due = last or state["step"] % row_every == 0
-        checkpoint_due = out and (last or STATUS["signal"] or time.monotonic() - saved > CHECKPOINT_SECONDS)
+        checkpoint_due = out and (last or stopped or time.monotonic() - saved > CHECKPOINT_SECONDS)
         if row_due or checkpoint_due:
             require_finite(model, state)
         if row_due:
@@ -746,7 +750,7 @@ def train(
                 model.train()
             state["history"].append(row)
             state["loss_sum"] = 0.0
-            if best_by and row[best_by] == np.nanmin([past[best_by] for past in state["history"]]):
+            if best_by and row[best_by] == np.fmin.reduce([past[best_by] for past in state["history"]]):
                 best = copy.deepcopy(model)
             if out:
                 write_log(path.with_name("log.csv"), state["history"])
@@ -757,8 +761,8 @@ def train(
             STATUS["checkpoint"] = path
             saved = time.monotonic()
     STATUS["training"] = False
-    if STATUS["signal"]:
-        raise KeyboardInterrupt(STATUS["signal"])
+    if stopped:
+        raise KeyboardInterrupt(stopped)
     result = [state["history"], (best or model).state_dict()]
     if world > 1:
         torch.distributed.broadcast_object_list(result, src=0, device=device)
@@ -796,11 +800,6 @@ def make_optimizers(model, recipe):
     return [torch.optim.AdamW(groups[:1], **options), muon]
 
 
-def step_seed(seed, step, part=0):
-    """A seed for each part of each step of a run; no two are equal up to a million steps and a thousand parts."""
-    return ((seed * 1_000_003 + step) * 1_009 + part) % 2**63
-
-
 def backward(network, inputs, targets, counted, coords, accumulate):
     """Accumulate the gradient of the loss averaged over the counted tokens of the whole batch; returns that loss.
     Each process works through every world-th row, in `accumulate` parts. All divide by the count of the whole batch,
@@ -833,7 +832,7 @@ def update(model, optimizers, recipe, step):
 
 
 class WithoutBf16(TorchFunctionMode):
-    """Here Tensor.bfloat16() only copies: Muon calls it in any training, and processors without bf16 are slow at it."""
+    """Here Tensor.bfloat16() is a float32 copy. Muon calls it in any precision; processors without bf16 are slow."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
@@ -898,11 +897,11 @@ def resume_run(path, model, optimizers, state, recipe, best_by):
     state.update(training["progress"])
     for part, saved in zip([model, *optimizers], [training["model"], *training["optimizers"]], strict=True):
         part.load_state_dict(saved)
-    return checkpoint["model"] if best_by and state["history"] else None
+    return checkpoint["model"] if best_by and not all(math.isnan(row[best_by]) for row in state["history"]) else None
 
 
 def write_whole(path, data):
-    """Write bytes to a file of another name, which takes its own once it is whole."""
+    """Write bytes under a temporary name, then rename the file: it is whole, or not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.urandom(8).hex()}")
@@ -952,10 +951,9 @@ def load_checkpoint(path, device="cpu"):
         model = MaskGIT(**saved["architecture"]).eval()
         model.load_state_dict(saved["weights"])
         tokenizer = PatchTokenizer(**saved["tokenizer"]) if "tokenizer" in saved else None
-        rest = {name: saved[name] for name in ("config", "step", "training", "extra")}
     except Exception as error:  # torch.load raises half a dozen types on damaged files
         raise InputError(f"{path} is damaged or no checkpoint: {error}".splitlines()[0]) from None
-    return dict(model=model.to(device), tokenizer=tokenizer, **rest)
+    return saved | dict(model=model.to(device), tokenizer=tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1057,13 +1055,13 @@ def add_flags(parser, settings, **defaults):
 
 
 def settings_from(arguments, settings):
-    """The dataclass of settings whose flags were given."""
+    """An instance of the dataclass, from the values of its flags."""
     values = {each.name: getattr(arguments, each.name) for each in fields(settings) if each.metadata["help"]}
     return settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def new_file(text):
-    """An argparse type: a path where a file can be written, found out before the work that it is to hold."""
+    """An argparse type: a path for a new file, tried before the work that is to go there."""
     path = Path(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -1166,9 +1164,8 @@ def write_figures(record, settings, figures, *paths):
     """The figures, settings (a dict), record and minutes, as JSON to each of the paths that is not None."""
     settings = {name: str(value) if value == math.inf else value for name, value in settings.items()}  # JSON has no inf
     record = record | {"minutes": round((time.monotonic() - STARTED) / 60, 1), "settings": settings}
-    text = json.dumps(record | figures, indent=1, default=str) + "\n"
     for path in filter(None, paths):
-        write_whole(path, text.encode())
+        write_whole(path, (json.dumps(record | figures, indent=1, default=str) + "\n").encode())
 
 
 def print_table(head, rows):
@@ -1185,7 +1182,7 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7"]
 
 
 def image_grid(images, columns, *, scale=1, gap=4, titles=()):
-    """A PIL image of images (B, H, W, C), float in [0, 1], C 1 or 3, in columns, each with its title above it."""
+    """A PIL image of images (B, H, W, C), float in [0, 1], C 1 or 3, in rows of `columns`, titles over the first."""
     pixels = (np.asarray(images).clip(0, 1) * 255).round().astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
@@ -1238,17 +1235,16 @@ def line_plot(curves, *, title, y_label, x_label="step"):
 
 
 def axis(values, start, end, log=False):
-    """Where a value lies between the pixels `start` and `end`, and the round values among them."""
+    """A function from values to pixels between `start` and `end`, and the round values among them."""
     low, high = min(values), max(values)
     scale = math.log10 if log else float
-    if log:
-        ticks = [10.0**power * factor for power in range(-12, 13) for factor in (1, 2, 3, 5)]
+    if log and high > 10 * low:
+        ticks = [10.0**power * factor for power in range(-12, 13) for factor in (1, 2, 5)]
     else:
         step = 10.0 ** math.floor(math.log10((high - low or 1) / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
         ticks = [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
-    def position(value):
-        return start + (scale(value) - scale(low)) / (scale(high) - scale(low) or 1) * (end - start)
-
-    return position, [tick for tick in ticks if low <= tick <= high]
+    length = scale(high) - scale(low) or 1
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return lambda value: start + (scale(value) - scale(low)) / length * (end - start), shown

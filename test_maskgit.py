@@ -569,13 +569,16 @@ def committed_first(order, probabilities, **options):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_decode_draws_from_the_model_at_a_temperature(temperature):
+def test_decode_draws_from_the_model_at_a_temperature(temperature, monkeypatch):
     probabilities = torch.tensor([[0.0, 0.1, 0.2, 0.7, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0]])  # what has none is never drawn
     drawn = decode_from_nothing(probabilities.tolist(), 40000, order="random", temperature=temperature)
     expected = probabilities ** (1 / temperature)
     expected /= expected.sum(dim=-1, keepdim=True)
     error = (expected * (1 - expected) / 40000).sqrt()
     assert bool(((F.one_hot(drawn, 5).float().mean(dim=0) - expected).abs() <= 5 * error).all())
+    for extreme, token in ((0.0, 1), (1 - 2**-24, 3)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, extreme=extreme, **_: torch.full(shape, extreme))
+        assert decode_from_nothing(probabilities.tolist(), order="confidence").tolist() == [[token, 0]]
 
 
 @pytest.mark.parametrize("log_probability", [False, True])
@@ -858,6 +861,8 @@ def test_resume_refuses_another_recipe_another_model_and_no_checkpoint(tmp_path)
     assert "lr=0.1, not 0.2" in resumed(lr=0.2)
     other = tiny_model(codes=2, dim=32)
     assert "dim=16, not 32" in refusal(train, other, striped_batch, recipe(steps=2, lr=0.1), out=tmp_path, resume=True)
+    with pytest.raises(NotADirectoryError):  # at the start
+        trained(Mock(side_effect=AssertionError), out=tmp_path / "model.pt" / "run")
 
 
 def test_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path, saving):
