@@ -484,7 +484,7 @@ def by_confidence(state, choice_temperature=4.5, log_probability=False):
 
 def at_random(state):
     """Any, whatever the model says."""
-    return torch.rand(state.place.shape, generator=state.generator, device=state.place.device, dtype=torch.float32)
+    return torch.rand(len(state.place), generator=state.generator, device=state.place.device, dtype=torch.float32)
 
 
 def all_but_lowest(priority, row, left):

@@ -384,28 +384,12 @@ def test_training_masks_are_the_boxes_of_two_tokens_and_the_halves():
 
 @pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
 def test_the_extremes_of_the_random_numbers_are_masks(extreme, monkeypatch):
-    """The least and the largest number that torch.rand draws: as r they round to 0 and to 1."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, extreme))
+    """The least and the largest number that torch.rand draws, of no default type: as r they round to 0 and to 1."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, extreme, dtype=dtype))
     for kind, rows in itertools.product(maskgit.SCHEDULES, (1, 16)):
         hidden = training_mask((rows, 9), kind).sum(dim=1)
         assert hidden.min() >= 1 and hidden.max() <= 9
         assert hidden[-1] == 1 if extreme else hidden[0] == 9
-
-
-def test_random_numbers_are_the_same_whatever_the_default_type():
-    def draw():
-        kinds = [*maskgit.SCHEDULES, *maskgit.REGIONS, "0.2"]
-        masks = [training_mask((50, 16), kind, seeded(), grid_coords(4, 4)) for kind in kinds]
-        step = maskgit.Step(log_probs, None, torch.arange(99), None, None, 1, 2, seeded())
-        return [*masks, maskgit.categorical(step), maskgit.at_random(step)]
-
-    log_probs = torch.randn(99, 5, generator=seeded()).log_softmax(dim=-1)
-    expected = draw()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        assert all(map(torch.equal, draw(), expected))
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def test_masked_cross_entropy_by_hand():
@@ -577,8 +561,8 @@ def test_decode_draws_from_the_model_at_a_temperature(temperature, monkeypatch):
     error = (expected * (1 - expected) / 40000).sqrt()
     assert bool(((F.one_hot(drawn, 5).float().mean(dim=0) - expected).abs() <= 5 * error).all())
     for extreme, token in ((0.0, 1), (1 - 2**-24, 3)):
-        monkeypatch.setattr(torch, "rand", lambda *shape, extreme=extreme, **_: torch.full(shape, extreme))
-        assert decode_from_nothing(probabilities.tolist(), order="confidence").tolist() == [[token, 0]]
+        monkeypatch.setattr(torch, "rand", lambda *shape, dtype, extreme=extreme, **_: torch.full(shape, extreme))
+        assert decode_from_nothing(probabilities.tolist(), order="random").tolist() == [[token, 0]]
 
 
 @pytest.mark.parametrize("log_probability", [False, True])
@@ -911,12 +895,13 @@ def test_what_is_written_can_be_read(tmp_path):
     assert "of tensors" in refusal(maskgit.save_checkpoint, tmp_path / "model.pt", model, extra={"a": np.ones(2)})
 
 
-def test_checkpoint_is_replaced_whole(tmp_path, capsys):
-    """Whatever the room on the disk, from none to all but a byte."""
+def test_checkpoint_is_replaced_whole(tmp_path, monkeypatch, capsys):
+    """Whatever the room on the disk: none, all but a byte, or enough for what fails later."""
     path = tmp_path / "model.pt"
     maskgit.save_checkpoint(path, tiny_model(), step=1)
     before = path.read_bytes()
-    for size in (*range(0, len(before), len(before) // 30), len(before) - 1):
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(27, "at the very end")))
+    for size in (*range(0, len(before), len(before) // 30), len(before) - 1, 2 * len(before)):
         with room_for(size):
             assert ending(lambda: maskgit.save_checkpoint(path, tiny_model(), step=2)) == 2
         assert re.fullmatch(r"error: \[Errno 27\] .*\n", capsys.readouterr().err)
@@ -1451,31 +1436,25 @@ def noise_picture(seed, width=20, height=16):
 
 def test_pictures_of_a_folder(tmp_path, monkeypatch, capsys):
     """Cropped at the centre. The same pixels in another name, folder or format are a duplicate."""
-    (tmp_path / "deep").mkdir()
-    for i, name in [*((i, f"{i}.png") for i in range(80)), (0, "a.bmp"), (1, "deep/b.PNG")]:
-        Image.fromarray(noise_picture(i)).save(tmp_path / name)
-    wide = np.zeros((8, 24, 3), np.uint8)
-    wide[:, 8:16] = (200, 100, 50)
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    Image.fromarray(np.full((9, 9), 40, np.uint8)).save(tmp_path / "grey.webp", lossless=True)
-    Image.new("RGBA", (8, 8), (9, 8, 7, 0)).save(tmp_path / "clear.png")
+    out = tmp_path / "deep" / "out"
+    pictures = {f"{i}.png": noise_picture(i) for i in range(80)}
+    pictures |= {"a.bmp": pictures["0.png"], "deep/b.PNG": pictures["1.png"]}
+    pictures |= dict.fromkeys(["deep/out/no data.png", ".trash/no data.png", "._0.png"], noise_picture(100))
+    pictures["wide.png"] = np.pad(np.full((8, 8, 4), (200, 100, 50, 0), np.uint8), ((0, 0), (8, 8), (0, 0)))
+    for name, pixels in pictures.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name)
     (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "readme.txt").write_text("no picture")
     (tmp_path / "link").symlink_to(tmp_path)
-    out = tmp_path / "deep" / "out"
-    for hidden in (out, tmp_path / ".trash"):
-        hidden.mkdir()
-        Image.fromarray(noise_picture(100)).save(hidden / "no data.png")
-    Image.fromarray(noise_picture(101)).save(tmp_path / "._0.png")
     split, digest = inpaint.open_pictures(tmp_path, None, 8, None, out)
     found = np.concatenate(split)
-    assert found.shape == (83, 8, 8, 3) and len({image.tobytes() for image in found}) == 83
-    for colour in [(200, 100, 50), (40,) * 3, (9, 8, 7)]:
-        assert (found == colour).all(axis=(1, 2, 3)).sum() == 1
+    assert found.shape == (81, 8, 8, 3) and len({image.tobytes() for image in found}) == 81
+    assert (found == (200, 100, 50)).all(axis=(1, 2, 3)).sum() == 1
     shown = capsys.readouterr()
-    assert "83 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+    assert "81 distinct pictures, 2 duplicates" in shown.out and "cut.jpg cannot be read" in shown.err
+    assert ": left out as no pictures: 1 .txt, 1 linked folder" in shown.out
     assert ": 1 pictures lost their transparency" in shown.out
-    assert "left out as no pictures: 1 .txt, 1 linked folder" in shown.out
     assert "cannot be read from and written to" in refusal(inpaint.open_pictures, tmp_path, None, 8, None, tmp_path)
     Image.fromarray(noise_picture(102)).save(tmp_path / "0.png")
     assert inpaint.open_pictures(tmp_path, None, 8, None, out)[1] != digest
@@ -1740,12 +1719,12 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
 def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
     """Broken off, it resumes to the very same weights, also from moved pictures, but not from others; finished, it is
     scored again, with other options."""
-    save = maskgit.save_checkpoint
+    update = maskgit.update
 
-    def stop_at_step_2(*arguments, step, **options):
-        save(*arguments, step=step, **options)
-        if step == 2:
-            raise InterruptedError
+    def stop_in_step_2(*arguments):
+        if arguments[-1] == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return update(*arguments)
 
     cats, moved, once, twice = (tmp_path / name for name in ("cats", "moved", "once", "twice"))
     cats.mkdir()
@@ -1755,9 +1734,8 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     with monkeypatch.context() as patch:
         patch.setattr(inpaint, "score", Mock(side_effect=OSError))
         assert call(inpaint, *options, cats, "--out", once) == 2
-        patch.setattr(maskgit, "CHECKPOINT_SECONDS", 0)
-        patch.setattr(maskgit, "save_checkpoint", stop_at_step_2)
-        assert call(inpaint, *options, cats, "--out", twice) == 2
+        patch.setattr(maskgit, "update", stop_in_step_2)
+        assert call(inpaint, *options, cats, "--out", twice) == 143
     assert saved(twice)["step"] == 2
     cats.rename(moved)
     changed = moved / "3.png"
@@ -1847,27 +1825,8 @@ def filled_pairs(run, folder, *options, script=inpaint):
     return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / "out").glob("*.png"))}
 
 
-def test_folders_as_in_the_reports(inpaint_run, tmp_path, capsys):
-    """Of the model's size and others, with no hole and nothing else: what was visible comes back bit by bit."""
-    pairs = write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3), (40, 32, 0.3), (7, 9, 0.3), (16, 16, 0), (16, 16, 1))
-    results = filled_pairs(inpaint_run, tmp_path)
-    assert [*results] == [f"image_{i:03d}" for i in range(6)]
-    for result, (image, hole) in zip(results.values(), pairs, strict=True):
-        assert result.shape == image.shape and (result[~hole] == image[~hole]).all()
-        assert (result[hole] != 128).any() == hole.any()
-    shown = capsys.readouterr().out
-    assert "6 pictures filled at the model's 16x16" in shown
-    assert len(re.findall("image_004.png.*there is no hole|image_005.png.*nothing is visible", shown)) == 2
-    again = filled_pairs(inpaint_run, tmp_path, "--force", "--seed", "1")
-    assert (again["image_000"] != results["image_000"]).any()
-
-
-def test_one_mask_for_all_and_samples_of_a_precision(inpaint_run, tmp_path, monkeypatch):
-    (image, _), (other, hole) = write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
-    one_mask = ["--masks", tmp_path / "mask64" / "mask_001.png", "--sample", "argmax"]
-    for result, before in zip(filled_pairs(inpaint_run, tmp_path, *one_mask).values(), (image, other), strict=True):
-        assert (result[~hole] == before[~hole]).all()
-    shutil.rmtree(tmp_path / "out")
+def test_samples_of_a_precision(inpaint_run, tmp_path, monkeypatch):
+    write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
     results = filled_pairs(inpaint_run, tmp_path, "--samples", 3, "--order", "entropy")
     assert [*results] == [f"image_00{i}_{k}" for i in range(2) for k in (1, 2, 3)]
     assert len({result.tobytes() for result in results.values()}) == 6
@@ -1903,7 +1862,7 @@ def test_masks_go_by_name(names, tmp_path):
 
 
 def test_one_folder_may_hold_both_and_one_the_other(tmp_path):
-    """A single picture may leave masks over."""
+    """A single picture may leave masks over, and a single mask serves all."""
     for name in ["cat.jpg", "masks/cat.png", "dog.webp", "masks/dog.gif", "out/cat.png"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -1918,42 +1877,38 @@ def test_one_folder_may_hold_both_and_one_the_other(tmp_path):
     assert pair(tmp_path, tmp_path) == [(cat, tmp_path / "MASK_cat.bmp")]
 
 
-def with_alpha(image, alpha):
-    image = image.copy()
-    image.putalpha(Image.fromarray(alpha.astype(np.uint8)))
-    return image
-
-
-def palette_image(indices, colours):
-    image = Image.fromarray(indices.astype(np.uint8))
-    image.putpalette(colours)
+def grey_image(levels, dtype=np.uint8, palette=None, alpha=None):
+    image = Image.fromarray(np.asarray(levels).astype(dtype))
+    if palette:
+        image.putpalette(palette)
+    if alpha is not None:
+        image.putalpha(grey_image(alpha))
     return image
 
 
 VISIBLE = np.random.default_rng(0).random((9, 7)) < 0.7
-WHITE = Image.fromarray(VISIBLE.astype(np.uint8) * 255)
-COLOUR = Image.fromarray(noise_picture(0, 7, 9))
-GREY, CMYK, BLACK = COLOUR.convert("L"), COLOUR.convert("CMYK"), Image.new("RGB", (7, 9))
-DEEP = np.asarray(GREY).astype(np.uint16) * 257
-PALETTE = palette_image(VISIBLE, (200, 100, 50, 0, 0, 255))
-HALF_CLEAR = with_alpha(PALETTE.convert("RGB"), VISIBLE * 127 + 128)
-TURNED = COLOUR.transpose(Image.Transpose.ROTATE_90)
+WHITE, CLEAR = grey_image(VISIBLE * 255), grey_image(VISIBLE * 255, alpha=VISIBLE * 255)
+COLOUR, BLACK = Image.fromarray(noise_picture(0, 7, 9)), Image.new("RGB", (7, 9))
+GREY, CMYK, TURNED = COLOUR.convert("L"), COLOUR.convert("CMYK"), COLOUR.transpose(Image.Transpose.ROTATE_90)
+DEEP = np.asarray(GREY).astype(int) * 257
+PALETTE = grey_image(VISIBLE, palette=(200, 100, 50, 0, 0, 255))
+OPAQUE = PALETTE.convert("RGB")
 # EXIF that begins with orientation 6, and has a text as resolution.
 ODD_TAG = bytes.fromhex("457869660000 49492a0008000000 0200 120103000100000006000000 1a0102000300000037320000 00000000")
-PAGES = dict(save_all=True, append_images=[COLOUR, TURNED.resize((7, 9))])
+PAGES = {"save_all": True, "append_images": [COLOUR.copy(), WHITE.copy()]}
 EIGHT_BITS = ": save it as RGB with 8 bits"
-PICTURES = {  # by what it is and its suffix: the image, how it is saved, what it is read as or why it is refused
+FILES = {  # by what it is and its suffix: the image, how it is saved, what it is read as or why it is refused
     "bits png": (WHITE.convert("1"), {}, WHITE),
-    "grey with a clear level png": (WHITE, {"transparency": 0}, with_alpha(WHITE, VISIBLE * 255)),
-    "palette gif": (PALETTE, {}, PALETTE.convert("RGB")),
-    "palette with alpha png": (PALETTE, {"transparency": b"\x80"}, HALF_CLEAR),
+    "grey with a clear level png": (WHITE, {"transparency": 0}, CLEAR),
+    "palette with a clear colour png": (PALETTE, {"transparency": 0}, Image.merge("RGBA", (*OPAQUE.split(), WHITE))),
+    "palette gif": (PALETTE, {}, OPAQUE),
     "CMYK tif": (CMYK, {}, CMYK.convert("RGB")),
-    "16 bits png": (Image.fromarray(DEEP), {}, GREY),
-    "16 bits, the high byte first tif": (Image.fromarray(DEEP.astype(">u2")), {}, GREY),
+    "16 bits png": (grey_image(DEEP, np.uint16), {}, GREY),
+    "16 bits, the high byte first tif": (grey_image(DEEP, ">u2"), {}, GREY),
     "telephone's mpo": (BLACK, {"save_all": True, "append_images": [BLACK]}, BLACK),
     "EXIF without a header png": (COLOUR, {"exif": b"no TIFF"}, COLOUR),
     "EXIF with an odd tag png": (TURNED, {"exif": ODD_TAG}, COLOUR),
-    "12 bits in 16 png": (Image.fromarray(DEEP // 16), {}, r"16 bits, but its brightest value is 3\d+: save it with 8"),
+    "12 bits in 16 png": (grey_image(DEEP // 16, np.uint16), {}, r"16 bits up to 3\d+.*: save it with 8 bits"),
     "integers tif": (GREY.convert("I"), {}, "mode I" + EIGHT_BITS),
     "floats tif": (GREY.convert("F"), {}, "mode F" + EIGHT_BITS),
     "LAB tif": (COLOUR.convert("LAB"), {}, "mode LAB" + EIGHT_BITS),
@@ -1962,21 +1917,38 @@ PICTURES = {  # by what it is and its suffix: the image, how it is saved, what i
     "animation gif": (BLACK, PAGES, "3 images"),
     "animation png": (BLACK, PAGES, "3 images"),
     "animation webp": (BLACK, PAGES, "3 images"),
+    "mask png": (WHITE, {}, VISIBLE),
+    "mask of bits bmp": (WHITE.convert("1"), {}, VISIBLE),
+    "mask of 16 bits tif": (grey_image(VISIBLE * 65535, np.uint16), {}, VISIBLE),
+    "mask, 0 and 1 in colour png": (grey_image(VISIBLE).convert("RGB"), {}, VISIBLE),
+    "mask, 0 and 1 in 16 bits png": (grey_image(VISIBLE, np.uint16), {}, VISIBLE),
+    "mask, soft png": (grey_image(np.where(VISIBLE, [[230], [160], [255]] * 3, [[20], [0], [100]] * 3)), {}, VISIBLE),
+    "mask, white first gif": (grey_image(~VISIBLE, palette=(255, 255, 255, 0, 0, 0)), {}, VISIBLE),
+    "mask, opaque png": (grey_image(VISIBLE * 255, alpha=VISIBLE | 255), {}, VISIBLE),
+    "mask, all clear png": (grey_image(VISIBLE * 255, alpha=VISIBLE * 0), {}, VISIBLE),
+    "mask, erased png": (CLEAR, {}, "is transparent in part"),
+    "mask, photograph png": (GREY, {}, "values are 25 to 242, and white is 255"),
+    "mask, one grey png": (grey_image(VISIBLE * 0 + 128), {}, "values are 128 to 128"),
+    "mask, labels png": (grey_image(VISIBLE * 2), {}, "values are 0 to 2"),
+    "mask, bright labels png": (grey_image(VISIBLE * 25 + 230), {}, "values are 230 to 255"),
+    "mask, dark palette png": (grey_image(VISIBLE, palette=(0, 0, 0, 128, 0, 0)), {}, "values are 0 to 38"),
+    "mask, 8 bits in 16 png": (grey_image(VISIBLE * 255, np.uint16), {}, "values are 0 to 255, and white is 65535"),
+    "mask, integers tif": (grey_image(VISIBLE, np.int32), {}, "mode I" + EIGHT_BITS),
 }
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_what_a_picture_says(kind, tmp_path):
-    image, options, expected = PICTURES[kind]
-    file = tmp_path / f"picture.{kind.split()[-1]}"
+@pytest.mark.parametrize("kind", FILES)
+def test_what_a_file_says(kind, tmp_path):
+    image, options, expected = FILES[kind]
+    file = tmp_path / f"a.{kind.split()[-1]}"
     image.save(file, **options)
     if kind == "without a palette png":
         file.write_bytes(re.sub(rb"(?s).{4}PLTE.{10}", b"", file.read_bytes()))
+    read = functools.partial(inpaint.read_mask, invert=True) if kind.startswith("mask") else inpaint.read_picture
     if isinstance(expected, str):
-        assert re.search(f"picture.* {expected}", refusal(inpaint.read_picture, file))
+        assert re.search(rf"a\.{kind.split()[-1]} .*{expected}", refusal(read, file))
     else:
-        found = inpaint.read_picture(file)
-        assert found.mode == expected.mode and (np.asarray(found) == np.asarray(expected)).all()
+        assert np.array_equal(read(file), expected)  # the shape of an image's array says its mode
 
 
 def test_pictures_are_upright(tmp_path, monkeypatch):
@@ -1986,69 +1958,48 @@ def test_pictures_are_upright(tmp_path, monkeypatch):
     for exif[274] in range(1, 9):
         COLOUR.save(file, lossless=True, exif=exif)
         with Image.open(file) as image:
-            assert ImageOps.exif_transpose(image).tobytes() == inpaint.read_picture(file).tobytes()
+            assert np.array_equal(ImageOps.exif_transpose(image), inpaint.read_picture(file))
     monkeypatch.setattr(Image, "open", Mock(side_effect=EOFError))
     assert refusal(inpaint.read_picture, file) == f"{file} cannot be read: EOFError"
 
 
-LEVELS = np.where(VISIBLE, [[230], [160], [255]] * 3, [[20], [0], [100]] * 3)
-MASKS = {  # by the same, and why it is refused
-    "png": WHITE,
-    "bits bmp": WHITE.convert("1"),
-    "soft png": Image.fromarray(LEVELS.astype(np.uint8)),
-    "0 and 1 in colour png": Image.fromarray(VISIBLE.astype(np.uint8)[..., None].repeat(3, axis=2)),
-    "0 and 1 in 16 bits png": Image.fromarray(VISIBLE.astype(np.uint16)),
-    "16 bits tif": Image.fromarray(VISIBLE.astype(np.uint16) * 65535),
-    "white first png": palette_image(~VISIBLE, (255, 255, 255, 0, 0, 0)),
-    "opaque png": with_alpha(WHITE, VISIBLE | 255),
-    "wholly clear png": with_alpha(WHITE, VISIBLE * 0),
-    "erased png: is transparent in part": with_alpha(WHITE, VISIBLE * 255),
-    "photograph png: values are 25 to 242, and white is 255": GREY,
-    "grey png: values are 128 to 128": Image.new("L", (7, 9), 128),
-    "labels png: values are 0 to 2": Image.fromarray(VISIBLE.astype(np.uint8) * 2),
-    "bright labels png: values are 230 to 255": Image.fromarray(VISIBLE.astype(np.uint8) * 25 + 230),
-    "dark palette png: values are 0 to 38": palette_image(VISIBLE, (0, 0, 0, 128, 0, 0)),
-    "8 bits in 16 png: values are 0 to 255, and white is 65535": Image.fromarray(VISIBLE.astype(np.uint16) * 255),
-    "integers tif: has the mode I": Image.fromarray(VISIBLE.astype(np.int32)),
+RESULTS = {"grey": GREY, "colour": COLOUR, "palette": PALETTE, "CMYK": CMYK, "small": Image.new("RGB", (16, 16), "red")}
+RESULTS |= {
+    246 * "n": COLOUR,
+    "clear grey": CLEAR,
+    "clear": TURNED.convert("RGBA"),
+    "no hole": GREY,
+    "all hole": COLOUR,
 }
 
 
-@pytest.mark.parametrize("kind", MASKS)
-def test_what_a_mask_says(kind, tmp_path):
-    name, _, said = kind.partition(": ")
-    mask = tmp_path / f"mask.{name.split()[-1]}"
-    MASKS[kind].save(mask)
-    if said:
-        assert re.search(f"mask.* {said}", refusal(inpaint.read_mask, mask, False))
-    else:
-        assert (inpaint.read_mask(mask, False) == ~VISIBLE).all()
-        assert (inpaint.read_mask(mask, True) == VISIBLE).all(), "inverted"
-
-
-RESULTS = {"grey": GREY, "colour": COLOUR, "palette": PALETTE, "CMYK": COLOUR.convert("CMYK"), 246 * "n": COLOUR}
-RESULTS |= {f"{name}, clear": with_alpha(RESULTS[name], VISIBLE * 99) for name in ("grey", "colour")}
-
-
-def test_results_keep_what_was_visible(inpaint_run, tmp_path):
+def test_results_keep_what_was_visible(inpaint_run, tmp_path, capsys):
     """To the bit, with alpha and colour profile, also beside a name of 250 bytes; their rights are as umask says."""
-    (images := tmp_path / "images").mkdir()
+    images, masks, out = (tmp_path / name for name in ("images", "masks", "out"))
+    images.mkdir(), masks.mkdir()
+    RESULTS["clear"].putalpha(grey_image(np.arange(63).reshape(7, 9) * 4))
+    visible = {}
     for name, image in RESULTS.items():
+        shares = np.random.default_rng(0).random(image.size[::-1])
+        visible[name] = shares < {"no hole": 1, "all hole": 0}.get(name, 0.5)
         image.save(images / f"{name}.tif", icc_profile=b"a profile")
-    WHITE.save(tmp_path / "mask.png")
-    paths = ["--images", images, "--masks", tmp_path / "mask.png", "--out", out := tmp_path / "out"]
+        grey_image(visible[name] * 255).save(masks / f"{name}.png")
     umask = os.umask(0o027)
-    code = call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths, "--device", "cpu")
+    paths = ["--images", images, "--masks", masks, "--out", out, "--device", "cpu"]
+    code = call(inpaint, "--checkpoint", inpaint_run / "model.pt", *paths)
     os.umask(umask)
     assert code == 0 and {file.name for file in out.iterdir()} == {f"{name}.png" for name in RESULTS}
     for name, image in RESULTS.items():
         before = image.convert("RGB") if image.mode in ("P", "CMYK") else image
         with Image.open(out / f"{name}.png") as found:
-            assert found.mode == before.mode
             assert found.info.get("icc_profile") == (None if name == "CMYK" else b"a profile")
+            assert found.mode == before.mode and (out / f"{name}.png").stat().st_mode & 0o777 == 0o640
             changed = np.asarray(found) != np.asarray(before)
-        assert not changed[VISIBLE].any() and changed[~VISIBLE].any()
+        assert not changed[visible[name]].any() and changed.any() == (not visible[name].all())
         assert "clear" not in name or not changed[..., -1].any()
-        assert (out / f"{name}.png").stat().st_mode & 0o777 == 0o640
+    shown = capsys.readouterr().out
+    assert "10 pictures filled at the model's 16x16" in shown
+    assert re.search("(?s)all hole.*nothing is visible.*no hole.*there is no hole", shown)
 
 
 def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_path, monkeypatch, capsys):
@@ -2064,7 +2015,9 @@ def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_pat
             capsys.readouterr()
             assert filled(*options) == 2 and said in capsys.readouterr().err
             assert [file.read_bytes() for file in out.iterdir()] == [before[out / "image_001.png"]]
-    assert filled("--force") == 0 and {file: file.read_bytes() for file in out.iterdir()} == before
+    for seed in range(2):
+        assert filled("--force", "--seed", seed) == 0
+        assert ({file: file.read_bytes() for file in out.iterdir()} == before) == (seed == 0)
 
 
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
