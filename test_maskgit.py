@@ -78,20 +78,16 @@ def refusal(function, *arguments, **options):
 
 
 def ending(main, *streams):
-    """The exit code of a script's main(), as if it had a process of its own, with other streams if they are given."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """The exit code of a script's main(), with the state of a new process and, if they are given, other streams."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(maskgit, "STATUS", maskgit.STATUS | {"training": False, "checkpoint": None})
         for name, stream in zip(("stdout", "stderr"), streams or (sys.stdout, sys.stderr), strict=True):
             patch.setattr(sys, name, stream)
         try:
             maskgit.run_as_script(main)
-            return 0
         except SystemExit as stop:
             return stop.code
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    return 0
 
 
 one_record = functools.cache(maskgit.run_record)
@@ -206,12 +202,9 @@ def test_patches_are_flattened_row_by_row_and_stitched_by_hand():
 # Positions
 
 
-def test_grid_coords_are_x_then_y_row_by_row():
-    assert grid_coords(2, 3).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
-
-
 @pytest.mark.parametrize("layout", ["split", "printed"])
 def test_position_encoding_equals_its_formula_dimension_by_dimension(layout):
+    assert grid_coords(2, 3).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
     coords = torch.tensor([[0.0, 0.0], [3.0, 5.0], [-1.25, 7.5]])
     dim = 16
     encoded = maskgit.position_encoding(coords, dim, layout)
@@ -594,14 +587,11 @@ def test_entropy_commits_the_most_uncertain_and_what_the_budget_allows():
     assert committed_first("entropy", uncertain, steps=4, schedule="linear") == [[0, 7], [1, 6], [2, 5], [3, 4]]
 
 
-def test_stop_after_commits_the_rest():
+def test_stop_after_commits_the_rest_and_finished_images_cost_no_more_calls():
     short, whole = [], []
     for trace, stop_after in ((short, 3), (whole, None)):
         assert decode_ragged(steps=10, order="confidence", stop_after=stop_after, trace=trace).max() < 5
     assert len(short) == 3 and torch.equal(short[0][0], whole[0][0])
-
-
-def test_finished_images_cost_no_more_calls():
     model = FixedMarginals([[0.6, 0.4]] * 4)
     mask = torch.tensor([[True] * 4, [True] + [False] * 3, [False] * 4])
     for hidden in (mask, mask & False):
@@ -628,8 +618,6 @@ REFUSED = [
     ("10x9", lambda: maskgit.image_patches(np.zeros((1, 9, 10, 3)), 3, 3)),
     ("stride 4", lambda: PatchTokenizer(np.zeros((2, 27)), 3, stride=4)),
     ("divisible by 4", lambda: maskgit.position_encoding(grid_coords(2, 2), 18)),
-    ("split, printed", lambda: maskgit.position_encoding(grid_coords(2, 2), 16, "learned")),
-    ("pre, post", lambda: tiny_model(norm="none")),
     ("linear, tied, cosine", lambda: tiny_model(head="mlp")),
     ("cosine head", lambda: tiny_model(head="tied", learn_temperature=True)),
     ("between 0 and 1", lambda: random_mask((2, 4), 1.5)),
@@ -754,10 +742,15 @@ def test_first_step_by_hand(optimizer):
             torch.testing.assert_close(step[large], -gradient.sign()[large], rtol=0, atol=2e-3)
 
 
-def test_learning_rate_rises_and_falls():
+def test_learning_rate_rises_and_falls_and_gradients_are_clipped():
     for decay, fall in {"constant": [1] * 4, "linear": [1, 3 / 4, 1 / 2, 1 / 4]}.items():
         rows = trained(steps=6, lr=0.3, warmup=2, decay=decay)[1]
         assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.2, *(0.3 * share for share in fall)])
+    norms = [trained(steps=1, clip=clip)[1][0]["gradient_norm"] for clip in (math.inf, 1e-3)]
+    assert norms[0] == norms[1] > 0.01
+    start = weights(tiny_model(codes=2))
+    moves = [(trained(steps=1, warmup=0, clip=c)[0] - start).abs().mean() for c in (math.inf, 1e-9)]
+    assert moves[1] < 0.2 * moves[0]  # so small that AdamW's epsilon shows
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -779,14 +772,6 @@ def test_muon_has_the_precision_of_the_training(precision):
     assert torch.ones(1).bfloat16().dtype == torch.bfloat16, "only the optimiser is told otherwise"
 
 
-def test_gradients_are_clipped():
-    norms = [trained(steps=1, clip=clip)[1][0]["gradient_norm"] for clip in (math.inf, 1e-3)]
-    assert norms[0] == norms[1] > 0.01
-    start = weights(tiny_model(codes=2))
-    moves = [(trained(steps=1, warmup=0, clip=c)[0] - start).abs().mean() for c in (math.inf, 1e-9)]
-    assert moves[1] < 0.2 * moves[0]  # so small that AdamW's epsilon shows
-
-
 def test_bf16_trains_close_to_float32():
     exact, near = (trained(steps=30, log_rows=1, precision=p)[1][0]["loss"] for p in ("float32", "bf16"))
     assert near == pytest.approx(exact, rel=0.05) and near != exact
@@ -804,11 +789,7 @@ def test_resumed_run_is_bit_identical(options, tmp_path, saving):
     resumed, resumed_rows = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(resumed, undisturbed) and logged(tmp_path, "step") == [6, 12, 18, 20]
     assert [row["loss"] for row in resumed_rows] == [row["loss"] for row in rows]
-
-
-def test_dropout_has_seeds_of_its_own():
-    """Another in each step, and none that a part of a batch may have."""
-    seeds = set()
+    seeds = set()  # of dropout: another in each step, and none that a part of a batch may have
     trained(lambda step: seeds.add(torch.initial_seed()) or striped_batch(step), steps=5)
     assert len(seeds) == 5
     assert seeds.isdisjoint(maskgit.step_seed(0, step, part) for step in range(5) for part in range(100))
@@ -1336,17 +1317,6 @@ def test_hidden_tokens_are_not_shown_to_the_model_that_is_scored(tokenizer):
     torch.testing.assert_close(train_rectangles.hidden_log_probs(model, test), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_patches_are_painted_where_they_lie(tokenizer):
-    cell = train_rectangles.CELL
-    brightest = tokenizer.centroids.mean(axis=1).argmax()
-    drawn = train_rectangles.paint_patches(np.array([[0.5, 10.0]]), [brightest], tokenizer)
-    rows, columns = np.nonzero(drawn != train_rectangles.GREY)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (10 * cell, 14 * cell - 1, 6, 6 + 4 * cell - 1)
-    boxed = train_rectangles.paint_boxes(drawn, [(2, 3, 5, 6, (255, 0, 0))])
-    assert boxed[3 * cell, 3 * cell].tolist() == boxed[6 * cell - 1, 5 * cell - 1].tolist() == [1, 0, 0]
-    assert boxed[6 * cell, 5 * cell].tolist() != [1, 0, 0]
-
-
 # ---------------------------------------------------------------------------------------------------
 # train_squares.py and train_rectangles.py as a user runs them
 
@@ -1402,8 +1372,6 @@ def test_a_run_leaves_what_it_promises(script, options, scored, tmp_path, monkey
     ("script", "arguments", "message"),
     [
         (train_squares, "--lr nan", "it must be at least 0"),
-        (train_squares, "--step 5", "unrecognized arguments"),
-        (train_squares, "--resume --force", "not allowed with"),
         (train_squares, "--grid 4", "max side"),
         (train_squares, "--heads 5", "divisible by"),
         (train_squares, "--device cuda:99", "cannot be used"),
@@ -1704,15 +1672,12 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
     files = "model.pt log.csv metrics.json samples.png loss.png decode.gif"
     assert {file.name for file in inpaint_run.iterdir()} == set(files.split())
     figures = json.loads((inpaint_run / "metrics.json").read_text())
-    rows = figures["rows"]
-    as_set = figures["as set"]
-    assert set(as_set) == {"seen", "brush", "box", "half"}
+    rows, as_set = figures["rows"], figures["as set"]
     assert all(0 < row["psnr"] < 60 and 0 < row["ssim"] <= 1 for row in [*rows, *as_set.values()])
     psnr = {row["name"]: row["psnr"] for row in rows}
+    assert [*as_set] == ["seen", "brush", "box", "half"]
     assert as_set["brush"]["psnr"] == psnr["as set"], "the same pictures, holes and draws"
-    variants = ("as set", "as decoded", "as decoded, without evidence", "likeliest, T=1")
-    assert len({psnr[name] for name in variants}) == 4 and len(psnr) == len(rows)
-    assert sum(figures["pictures"].values()) == 150
+    assert len(set(psnr.values())) == len(psnr) == len(rows) >= 5 and sum(figures["pictures"].values()) == 150
     assert figures["validation"] == min(logged(inpaint_run, "validation"))
 
 
@@ -1799,14 +1764,13 @@ def test_the_reports_preset_carries_their_numbers(monkeypatch):
 # inpaint.py: filling files
 
 
-def write_pairs(folder, *pictures):
-    """The reports' folders: masked_image/image_NNN.png with a grey hole and mask64/mask_NNN.png, of pictures (width,
-    height, share that is hidden): [(image, hole)]."""
+def write_pairs(folder, *sizes):
+    """The reports' folders: masked_image/image_NNN.png with a grey hole and mask64/mask_NNN.png: [(image, hole)]."""
     pairs = []
-    for i, (width, height, share) in enumerate(pictures):
-        hole = np.random.default_rng(i).random((height, width)) < share
-        hole[:, width // 2 :] |= share > 0  # some tokens show nothing
-        image = np.where(hole[..., None], 128, noise_picture(i, width, height)).astype(np.uint8)
+    for i, size in enumerate(sizes):
+        hole = np.random.default_rng(i).random((size, size)) < 0.3
+        hole[:, size // 2 :] = True  # some tokens show nothing
+        image = np.where(hole[..., None], 128, noise_picture(i, size, size)).astype(np.uint8)
         pairs.append((image, hole))
         for name, pixels in (("masked_image/image", image), ("mask64/mask", np.where(hole, 0, 255).astype(np.uint8))):
             (folder / name).parent.mkdir(exist_ok=True)
@@ -1814,19 +1778,20 @@ def write_pairs(folder, *pictures):
     return pairs
 
 
-def paths_of(folder, out):
-    """The flags that fill the folders of write_pairs."""
-    return ["--images", folder / "masked_image", "--masks", folder / "mask64", "--out", out, "--device", "cpu"]
-
-
 def filled_pairs(run, folder, *options, script=inpaint):
     """What the model of a run makes of the folders of write_pairs: {name: picture}."""
-    assert call(script, "--checkpoint", run / "model.pt", *paths_of(folder, folder / "out"), *options) == 0
+    assert call(script, "--checkpoint", run / "model.pt", *paths_of(folder), *options) == 0
     return {file.stem: np.asarray(Image.open(file)) for file in sorted((folder / "out").glob("*.png"))}
 
 
+def paths_of(folder):
+    """The flags that fill the folders of write_pairs."""
+    folders = {"--images": "masked_image", "--masks": "mask64", "--out": "out"}
+    return ["--device", "cpu", *(word for flag, name in folders.items() for word in (flag, folder / name))]
+
+
 def test_samples_of_a_precision(inpaint_run, tmp_path, monkeypatch):
-    write_pairs(tmp_path, (16, 16, 0.5), (16, 16, 0.5))
+    write_pairs(tmp_path, 16, 16)
     results = filled_pairs(inpaint_run, tmp_path, "--samples", 3, "--order", "entropy")
     assert [*results] == [f"image_00{i}_{k}" for i in range(2) for k in (1, 2, 3)]
     assert len({result.tobytes() for result in results.values()}) == 6
@@ -1914,11 +1879,8 @@ FILES = {  # by what it is and its suffix: the image, how it is saved, what it i
     "LAB tif": (COLOUR.convert("LAB"), {}, "mode LAB" + EIGHT_BITS),
     "without a palette png": (PALETTE, {}, "mode P" + EIGHT_BITS),
     "pages tif": (COLOUR, PAGES, "3 images: save the one that is meant"),
-    "animation gif": (BLACK, PAGES, "3 images"),
     "animation png": (BLACK, PAGES, "3 images"),
     "animation webp": (BLACK, PAGES, "3 images"),
-    "mask png": (WHITE, {}, VISIBLE),
-    "mask of bits bmp": (WHITE.convert("1"), {}, VISIBLE),
     "mask of 16 bits tif": (grey_image(VISIBLE * 65535, np.uint16), {}, VISIBLE),
     "mask, 0 and 1 in colour png": (grey_image(VISIBLE).convert("RGB"), {}, VISIBLE),
     "mask, 0 and 1 in 16 bits png": (grey_image(VISIBLE, np.uint16), {}, VISIBLE),
@@ -1931,7 +1893,6 @@ FILES = {  # by what it is and its suffix: the image, how it is saved, what it i
     "mask, one grey png": (grey_image(VISIBLE * 0 + 128), {}, "values are 128 to 128"),
     "mask, labels png": (grey_image(VISIBLE * 2), {}, "values are 0 to 2"),
     "mask, bright labels png": (grey_image(VISIBLE * 25 + 230), {}, "values are 230 to 255"),
-    "mask, dark palette png": (grey_image(VISIBLE, palette=(0, 0, 0, 128, 0, 0)), {}, "values are 0 to 38"),
     "mask, 8 bits in 16 png": (grey_image(VISIBLE * 255, np.uint16), {}, "values are 0 to 255, and white is 65535"),
     "mask, integers tif": (grey_image(VISIBLE, np.int32), {}, "mode I" + EIGHT_BITS),
 }
@@ -2003,9 +1964,9 @@ def test_results_keep_what_was_visible(inpaint_run, tmp_path, capsys):
 
 
 def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_path, monkeypatch, capsys):
-    write_pairs(tmp_path, *2 * [(16, 16, 0.5)])
+    write_pairs(tmp_path, 16, 16)
     out = tmp_path / "out"
-    filled = functools.partial(call, inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, out))
+    filled = functools.partial(call, inpaint, "--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path))
     assert filled() == 0
     before = {file: file.read_bytes() for file in out.iterdir()}
     (out / "image_000.png").unlink()
@@ -2021,7 +1982,7 @@ def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_pat
 
 
 def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
-    write_pairs(tmp_path, (16, 16, 0.3), (16, 16, 0.3))
+    write_pairs(tmp_path, 16, 16)
     images, masks, out, other = (tmp_path / name for name in ("masked_image", "mask64", "out", "other.pt"))
     damaged, small, mixed = (tmp_path / name for name in "abc")
     for folder, source in ((damaged, images), (small, masks), (mixed, images)):
@@ -2031,7 +1992,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
     (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
     Image.new("L", (8, 8)).save(small / "mask_001.png")
     maskgit.save_checkpoint(other, tiny_model())
-    by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path, out)]
+    by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path)]
     cats = [*TINY_CATS, "--out", out]
     for *arguments, said in [
         (*by_run, "--images", tmp_path / "nothing", "No such file or directory: .*nothing"),
@@ -2052,8 +2013,7 @@ def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------
 # Several processes, as torchrun starts them, with gloo
 
-ADAMW = ["--optimizer", "adamw", "--lr", "0.001", "--out"]
-PARALLEL = {"train_squares": [*TINY, "--steps", "12", "--accumulate", "2", *ADAMW], "inpaint": [*TINY_CATS, *ADAMW]}
+ACCUMULATED = [*TINY_CATS, "--accumulate", "2", "--optimizer", "adamw", "--lr", "0.001", "--out"]
 EIGHT_STEPS = {"steps": 8, "lr": 0.001, "log_rows": 1}
 
 
@@ -2074,8 +2034,7 @@ def train_together(out):
             signal.raise_signal(signal.SIGKILL)
         return striped_batch(step)
 
-    for name, options in PARALLEL.items():
-        assert call(sys.modules[name], *options, out / name) == 0 and torch.distributed.is_initialized()
+    assert call(inpaint, *ACCUMULATED, out / "run") == 0 and torch.distributed.is_initialized()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(cores + 1)
     torch.save(trained_by_figures(), out / f"rank{os.environ['RANK']}")
@@ -2085,24 +2044,20 @@ def train_together(out):
 
 
 def test_two_processes_agree_with_one_and_stop_together(tmp_path, capsys):
-    """On the same global batch: equal loss and weights, one writer; by two scripts, and a training in the group that
-    the first of them has made. Then one of both is killed: the last checkpoint stays whole, and resumed by one process
-    that run ends as one of a single process does."""
+    """On the same global batch: equal loss and weights, one writer; by a script, and a training in the group that it
+    has made. Then one of both is killed: the last checkpoint stays whole, and resumed by one process that run ends as
+    one of a single process does."""
     (two := tmp_path / "two").mkdir()
+    python = [sys.executable, "-c", f"from test_maskgit import *; train_together(Path({str(two)!r}))"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command += [
-        sys.executable,
-        "-c",
-        f"from test_maskgit import Path, train_together; train_together(Path({str(two)!r}))",
-    ]
+    command += python
     finished = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200)
     assert finished.returncode != 0 and "SIGKILL" in finished.stderr, finished.stderr
 
-    for name, options in PARALLEL.items():
-        assert call(sys.modules[name], *options, tmp_path / name) == 0
-        torch.testing.assert_close(saved_weights(two / name), saved_weights(tmp_path / name), rtol=0, atol=1e-4)
-        for column in ("loss", "gradient_norm"):
-            assert logged(two / name, column) == pytest.approx(logged(tmp_path / name, column), rel=1e-3)
+    assert call(inpaint, *ACCUMULATED, tmp_path / "run") == 0
+    torch.testing.assert_close(saved_weights(two / "run"), saved_weights(tmp_path / "run"), rtol=0, atol=1e-4)
+    for column in ("loss", "gradient_norm"):
+        assert logged(two / "run", column) == pytest.approx(logged(tmp_path / "run", column), rel=1e-3)
     # Counted, since two writers may interleave.
     assert finished.stdout.count("pictures:") == capsys.readouterr().out.count("pictures:") > 0
 
@@ -2452,19 +2407,11 @@ def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
     assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
 
 
-FLAGS = {
-    train_squares: "--preset --head --grid --weight-decay --positions",
-    inpaint: "--data --hole --checkpoint --images --masks --samples --order --preset --sample --painter-steps",
-    train_rectangles: "--task --rectangles --points --fixed-points --no-rotary",
-}
-
-
-@pytest.mark.parametrize("script", FLAGS)
+@pytest.mark.parametrize("script", [train_squares, train_rectangles, inpaint])
 def test_help_names_every_flag(script, capsys):
     assert call(script, "--help") == 0
     shown = capsys.readouterr().out
-    shared = "--device --seed --resume --force --precision --mask --out"
-    assert all(flag in shown for flag in f"{FLAGS[script]} {shared}".split())
+    assert all(f"--{flag}" in shown for flag in "device seed resume force json precision mask out no-rotary".split())
 
 
 def test_pins_are_exact():
