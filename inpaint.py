@@ -148,7 +148,6 @@ def picture_files(path, apart=()):
 FLIPS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"}
 FLIPS |= {6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}  # by EXIF's orientation
 
-
 READ = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N")  # modes
 
 
@@ -159,10 +158,10 @@ def read_image(file):
             image.load()
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO is a telephone's JPEG
     except Exception as error:  # Pillow raises many types
-        raise InputError(f"{file} cannot be read: {error or type(error).__name__}") from None
+        raise InputError(f"{file} cannot be read: {str(error) or type(error).__name__}") from None
     if frames > 1:
         raise InputError(f"{file} holds {frames} images: save the one that is meant")
-    if image.mode not in READ:
+    if image.mode not in READ or (image.mode == "P" and not image.palette):
         raise InputError(f"{file} has the mode {image.mode}: save it as RGB with 8 bits")
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -225,6 +224,7 @@ def open_pictures(folder, cartoons, size, seed, out=None):
         small = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
         try:
             files[distinct[digest]].write(small.tobytes())
+            files[distinct[digest]].flush()
         except OSError as error:
             raise InputError(f"{tempfile.gettempdir()} (TMPDIR) cannot hold the pictures: {error.strerror}") from None
     if folder:

@@ -462,7 +462,7 @@ def categorical(state):
     """A token each, drawn from its probabilities (R2): (n,)."""
     # As torch.multinomial does, which is many times slower on a CPU.
     cumulative = state.log_probs.exp().cumsum(dim=-1)  # (n, K)
-    uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device)
+    uniform = torch.rand(len(cumulative), 1, generator=state.generator, device=cumulative.device, dtype=torch.float32)
     tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
     return tokens.clamp(max=cumulative.shape[1] - 1)  # the product may round to the whole sum
 
@@ -484,7 +484,7 @@ def by_confidence(state, choice_temperature=4.5, log_probability=False):
 
 def at_random(state):
     """Any, whatever the model says."""
-    return torch.rand(state.place.shape, generator=state.generator, device=state.place.device)
+    return torch.rand(len(state.place), generator=state.generator, device=state.place.device, dtype=torch.float32)
 
 
 def all_but_lowest(priority, row, left):
@@ -1084,7 +1084,7 @@ class Output:
     """Standard output or error. Once a line cannot be written, all are dropped; what its encoding lacks is escaped."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: closed before the program began
 
     def write(self, text):
         encoding = self.stream.encoding or "utf-8"
@@ -1112,7 +1112,7 @@ def run_as_script(main):
         if signal.getsignal(number) != signal.SIG_IGN:  # as a shell sets it for what runs in the background
             signal.signal(number, stop)
     sys.stderr = Output(sys.stderr)
-    sys.stdout = Output(sys.stdout) if sys.stdout and process_rank()[0] == 0 else None
+    sys.stdout = Output(sys.stdout) if process_rank()[0] == 0 else None
     try:
         main()
     except (InputError, OSError, MemoryError, RuntimeError) as error:

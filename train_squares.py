@@ -14,7 +14,6 @@ import itertools
 import math
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import maskgit
 import numpy as np
@@ -342,7 +341,7 @@ def parse_arguments():
     parser = maskgit.CommandLine(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="S1's or S2's hyper-parameters; flags given beside it win")
     maskgit.add_run_flags(parser, "runs/squares")
-    parser.add_argument("--weights", type=Path, help="write the model to this file, without its training")
+    parser.add_argument("--weights", type=maskgit.new_file, help="write the model to this file, without its training")
     maskgit.add_flags(parser, Squares, **DEFAULTS)
     arguments = parser.parse_with(lambda given: PRESETS.get(given.preset, {}))
     return arguments, maskgit.settings_from(arguments, Squares)
@@ -365,9 +364,6 @@ def main():
     seconds = {"train": round(history[-1]["seconds"], 1), "scores": round(time.monotonic() - trained, 1)}
     figures = {"seconds": seconds, "images": len(prior), "parameters": sum(p.numel() for p in model.parameters())}
     figures |= {"tasks": tasks, "completions": completions}
-    if arguments.weights:
-        maskgit.save_checkpoint(arguments.weights, model, config=asdict(recipe), step=recipe.steps)
-        figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()  # a test compares them
 
     limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
     paint_loss(history, limit, recipe.mask).save(out / "loss.png")
@@ -383,6 +379,9 @@ def main():
     print_completions(completions)
     print(f"trained in {seconds['train']} s, scored in {seconds['scores']} s")
     print("pictures:", *(str(out / name) for name in ("samples.png", "decode.gif", "loss.png", "prior.png")))
+    if arguments.weights:
+        maskgit.save_checkpoint(arguments.weights, model, config=asdict(recipe), step=recipe.steps)
+        figures["weights_sha256"] = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()  # a test compares them
     maskgit.write_figures(record, vars(arguments) | asdict(recipe), figures, out / "metrics.json", arguments.json)
 
 

@@ -235,9 +235,9 @@ def small_vqgan(monkeypatch):
 def test_the_reports_files_fill_a_picture(reports, small_vqgan, tmp_path, monkeypatch):
     whole = tmp_path / "whole.pth"
     torch.save(whole_maskgit(small_vqgan.state_dict(), reports[1]), whole)
-    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
+    [(image, hole)] = write_pairs(tmp_path, 64)
     monkeypatch.delitem(vqgan.MOMENTS, "training")
-    options = [*paths_of(tmp_path, tmp_path / "out"), "--decode-steps", 2]
+    options = [*paths_of(tmp_path), "--decode-steps", 2]
     assert call(vqgan, "--vqgan", whole, "--transformer", whole, *options) == 0
     [filled] = (np.asarray(Image.open(file)) for file in (tmp_path / "out").glob("*.png"))
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
@@ -249,7 +249,7 @@ def test_the_model_sees_a_membrane_in_a_hole(small_vqgan):
     pixels = torch.from_numpy(images / np.float32(255))
     covered = inpaint.membrane(pixels.permute(0, 3, 1, 2), torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1)
     true, covered = (torch.from_numpy(small_vqgan.encode(each.numpy())).flatten(1) for each in (pixels, covered))
-    inpainter = inpaint.Inpainter(tiny_model(), small_vqgan, small_vqgan)
+    inpainter = inpaint.Inpainter(tiny_model(), small_vqgan, small_vqgan, "float32")
     tokens, mask, _ = inpaint.model_input(inpainter, images, holes)
     assert torch.equal(tokens[~mask], covered[~mask]) and (covered != true)[~mask].any()
     [(tokens, _, _, targets, _)] = inpaint.input_batches(inpainter, images, holes)
@@ -273,10 +273,10 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, tmp_path, monkeypatch, capsys):
     assert call(vqgan, "--vqgan", file, *small, "--resume") == 0
     digest = hashlib.sha256(b"".join(w.numpy() for w in state.values()))
     assert saved(run)["tokenizer"] is None and saved(run)["config"]["vqgan_sha256"] == digest.hexdigest()
-    [(image, hole)] = write_pairs(tmp_path, (64, 64, 0.3))
+    [(image, hole)] = write_pairs(tmp_path, 64)
     [filled] = filled_pairs(run, tmp_path, "--vqgan", file, script=vqgan).values()
     assert (filled[~hole] == image[~hole]).all() and (filled[hole] != 128).any()
-    files = paths_of(tmp_path, out)
+    files = [*paths_of(tmp_path), "--out", out]
     by_run = [*files, "--checkpoint", run / "model.pt"]
     capsys.readouterr()
     for script, *arguments, said in [
