@@ -5,22 +5,26 @@
     python fid.py --save-stats A a.npz       keep the statistics of a folder
 
 Options, weights, statistics files and numbers are those of pytorch-fid. The network is the Inception-v3 of 2015 that
-every published FID uses. Its weights (91 MB) are fetched once, or given by --weights. Images are read as RGB: alpha is
-dropped; grey levels of 16 bits or floats keep their brightness, where pytorch-fid shows white or black. A folder's
-subfolders are not searched.
+every published FID uses. Its weights (91 MB) are fetched once, or given by --weights.
 
-FID is too large for small independent sets, and needs 2,048 images or more on each side (Chong and Forsyth 2020). KID
-has no such bias.
+Images are what Pillow reads in 8 bits, and grey of 16 bits (its mode I;16), where 65535 is white. Refused are others
+(32 bits, floats, LAB, HSV), and grey of 16 bits whose brightest value is below a tenth of white: save them as RGB with
+8 bits. As in pytorch-fid, alpha and EXIF are dropped, the first of several frames counts, and subfolders are not
+searched. Bad input ends in exit code 2, Ctrl-C in 130, SIGTERM in 143. A line that cannot be written is dropped.
 
-Sources: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID).
+FID (Heusel et al. 2017) is too large for small independent sets, and needs 2,048 images or more on each side (Chong
+and Forsyth 2020). KID (Binkowski et al. 2018) has no such bias.
 """
 
 import argparse
 import hashlib
+import io
 import os
 import re
+import signal
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +35,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-WEIGHTS_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
+RELEASE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+WEIGHTS_URL = f"{RELEASE}/pt_inception-2015-12-05-6726825d.pth"
 IMAGE_SUFFIXES = ".bmp .jpeg .jpg .pgm .png .ppm .tif .tiff .webp"
+READ = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B", "I;16N")  # modes
 DIMS = (64, 192, 768, 2048)  # widths of the layers that features can be taken from
 ENOUGH = 2048  # images, below which FID is not to be trusted
 KEPT = 10_000  # images whose features are kept in memory; of larger sets, sums and a random choice
@@ -64,15 +68,11 @@ mean_pool = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)  # tor
 class Mixed(nn.Module):
     """Branches that read the same image, their results concatenated: chains of convolutions, and a pool.
 
-    branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several.
-    pooled: the width of one after the pool. So Mixed(192, MIXED_5, mean_pool, 32) concatenates the ends of
-        x -> branch1x1 (64 channels, 1x1)
-        x -> branch5x5_1 (48, 1x1) -> branch5x5_2 (64, 5x5)
-        x -> branch3x3dbl_1 (64, 1x1) -> branch3x3dbl_2 (96, 3x3) -> branch3x3dbl_3 (96, 3x3)
-        x -> mean_pool -> branch_pool (32, 1x1)
-
-    A dict of kernels ends a chain in several convolutions side by side, each with its letter: in MIXED_7 FORK stands
-    for branch3x3_2a (384, 1x3) and branch3x3_2b (384, 3x1), which both read branch3x3_1.
+    branches: name -> (width, kernel, stride) of each convolution, one after another, numbered if there are several: in
+        MIXED_5 x -> branch5x5_1 (48 channels, 1x1) -> branch5x5_2 (64, 5x5). A dict of kernels ends a chain in several
+        convolutions side by side, each with its letter: in MIXED_7 FORK stands for branch3x3_2a (384, 1x3) and
+        branch3x3_2b (384, 3x1), which both read branch3x3_1.
+    pooled: the width of one after the pool, branch_pool.
     """
 
     def __init__(self, channels, branches, pool, pooled=None):
@@ -80,8 +80,7 @@ class Mixed(nn.Module):
         self.chains = []  # each a list of steps, a step a list of names
         self.pool = pool
         for branch, steps in branches.items():
-            chain = []
-            before = channels
+            chain, before = [], channels
             for number, (width, kernel, *stride) in enumerate(steps, start=1):
                 name = f"{branch}_{number}" if len(steps) > 1 else branch
                 kernels = kernel if isinstance(kernel, dict) else {"": kernel}
@@ -116,16 +115,12 @@ def mixed_6(width):
 
 
 class Inception(nn.Module):
-    """Images (B, 3, 299, 299), float32 in [-1, 1] -> features (B, dims).
-
-    dims: the width of the layer whose average over the image is returned: 64 and 192 after the first and second max
-    pool, 768 before Mixed_7a, 2048 at the end. The state dict has the names and shapes of pytorch-fid's release.
-    """
+    """Images (B, 3, 299, 299), float32 in [-1, 1] -> features (B, dims): a layer's average over the image. It is the
+    layer of that width: 64 and 192 after the first and second max pool, 768 before Mixed_7a, 2048 at the end. The state
+    dict has the names and shapes of pytorch-fid's release."""
 
     def __init__(self, dims=2048):
         super().__init__()
-        if dims not in DIMS:
-            raise InputError(f"no layer is {dims} wide; choose from {', '.join(map(str, DIMS))}")
         self.dims = dims
         self.Conv2d_1a_3x3 = Conv(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Conv(32, 32, 3, padded=False)
@@ -166,9 +161,13 @@ def load_inception(dims=2048, weights=None, device="cpu"):
         fetch_release()
     network = Inception(dims).eval()
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise InputError("a wrong checksum, which torch.load does not see")
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises half a dozen types on damaged files
-        raise InputError(f"{path} does not hold the Inception weights: {str(error).splitlines()[0]}") from None
+        if isinstance(error, OSError) or lacks_memory(error):
+            raise
+        raise InputError(f"{path} is not the Inception weights") from None
     for module in network.modules():
         if isinstance(module, Conv):
             module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
@@ -177,7 +176,6 @@ def load_inception(dims=2048, weights=None, device="cpu"):
 
 
 def release_path():
-    """Where torch.hub keeps the release's file."""
     return Path(torch.hub.get_dir(), "checkpoints", Path(WEIGHTS_URL).name)
 
 
@@ -193,11 +191,10 @@ def fetch_release():
 def damage(path):
     """What is wrong with a file of weights, by the SHA-256 that its name may end in, as in name-6726825d.pth; or ""."""
     if not path.is_file():
-        return f"there is no file {path}"
-    if named := re.search(r"-([0-9a-f]{8,})\.pth$", path.name):
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not found.startswith(named[1]):
-            return f"{path} is damaged: its SHA-256 begins with {found[: len(named[1])]}; fetch it again"
+        return f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+    named = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if named and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(named[1]):
+        return f"{path} is damaged: its name gives another SHA-256; fetch it again"
     return ""
 
 
@@ -230,11 +227,8 @@ def finite_arrays(*arrays):
 
 
 def distance_by_roots(mu1, root1, mu2, root2):
-    """The same for covariances A A^T and B B^T, given their roots A and B.
-
-    The eigenvalues of A A^T B B^T, but for zeros, are the squared singular values of A^T B. So the trace of its square
-    root is their sum: real, and exact for low ranks, too, where the square root of the matrix fails.
-    """
+    """The same for covariances A A^T and B B^T, given A and B. The eigenvalues of their product, but for zeros, are the
+    squared singular values of A^T B, whose sum is the trace of its root: real, and exact for low ranks, too."""
     cross = np.linalg.svd(root1.T @ root2, compute_uv=False).sum()  # tr((sigma1 sigma2)^(1/2))
     distance = np.square(mu1 - mu2).sum() + np.square(root1).sum() + np.square(root2).sum() - 2 * cross
     return max(0.0, float(distance))
@@ -259,11 +253,9 @@ def feature_root(features):
 
 
 def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
-    """KID of features (N, D) and (M, D): mean and standard deviation over random subsets.
-
-    The unbiased estimate of the squared maximum mean discrepancy under the kernel (x . y / D + 1)^3, which may fall
-    below 0. A subset holds subset_size of each side, but never more than half, so that subsets differ.
-    """
+    """KID of features (N, D) and (M, D): the unbiased estimate of the squared maximum mean discrepancy under the kernel
+    (x . y / D + 1)^3, which may fall below 0. Mean and standard deviation over random subsets: subset_size of each
+    side, but never more than half, so that subsets differ."""
 
     def kernel(a, b):
         return (a @ b.T / a.shape[1] + 1) ** 3
@@ -276,8 +268,7 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
     for _ in range(subsets):
         a = x[rng.choice(len(x), size, replace=False)].astype(np.float64)
         b = y[rng.choice(len(y), size, replace=False)].astype(np.float64)
-        aa = kernel(a, a)
-        bb = kernel(b, b)
+        aa, bb = kernel(a, a), kernel(b, b)
         within = (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / (size * (size - 1))  # pairs of different images
         estimates.append(within - 2 * kernel(a, b).mean())
     return float(np.mean(estimates)), float(np.std(estimates))
@@ -286,26 +277,18 @@ def kernel_distance(x, y, subsets=100, subset_size=1000, seed=0):
 # ---------------------------------------------------------------------------------------------------
 # Statistics of a folder, and their files
 
-# A file of more than 8 bits does not say which value is white. The candidates, by its mode: the first that no value
-# exceeds; of later ones, only where some value reaches a hundredth of it.
-WHITE = {"F": (1, 255, 65535), "I": (255, 65535)} | dict.fromkeys(("I;16", "I;16L", "I;16B", "I;16N"), (65535,))
-
 
 def read_image(path):
     """The image in a file, RGB uint8 (H, W, 3)."""
     image = Image.open(path)
-    if image.mode in WHITE:
-        image = eight_bits(np.asarray(image).astype(np.float32), WHITE[image.mode])
+    if image.mode not in READ:
+        raise InputError(f"its mode is {image.mode}; save it as RGB with 8 bits")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        if levels.max() < 65535 / 10:
+            raise InputError(f"it has 16 bits, but its brightest value is {levels.max()}; save it with 8 bits")
+        image = Image.fromarray((levels / 257).round().astype(np.uint8))
     return np.asarray(image.convert("RGB"))
-
-
-def eight_bits(values, scales):
-    """An image of grey levels (H, W) whose white is one of the scales."""
-    low, high = values.min(), values.max()
-    white = next((white for white in scales if high <= 1.01 * white and (high > white / 100 or white == scales[0])), 0)
-    if not low >= -0.01 * white or not white:
-        raise InputError(f"its values, {low:g} to {high:g}, are no brightness; save it with 8 bits")
-    return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8))
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -331,7 +314,10 @@ class ImageFolder(torch.utils.data.Dataset):
             raise
         except Exception as error:  # Pillow raises many types
             return f"{self.files[i]} cannot be read: {error}"
-        return image if image.nbytes < 4 * 3 * 299 * 299 else shrink(image)
+        if image.nbytes < 4 * 3 * 299 * 299:
+            return image
+        channels = [network_input([image[..., i, None]], "cpu") for i in range(3)]  # by turns: floats take much memory
+        return torch.cat(channels, dim=1)[0].numpy()
 
 
 class Statistics(NamedTuple):
@@ -345,12 +331,9 @@ class Statistics(NamedTuple):
 
 def statistics_of(batches, count):
     """Statistics of `count` features that come in batches (B, D), in memory that does not depend on their number."""
-    kept = np.zeros(count, bool)  # whether an image's features are kept: of KEPT images chosen at random
-    kept[np.random.default_rng(0).permutation(count)[:KEPT]] = True
+    kept = np.isin(range(count), np.random.default_rng(0).permutation(count)[:KEPT])  # whether a row is kept, at random
     features = []
-    done = 0
-    total = 0.0
-    products = 0.0
+    done = total = products = 0
     for batch in batches:
         if done == 0:
             origin = batch.mean(axis=0, dtype=np.float64)  # near the mean of all: squares around it lose no digits
@@ -367,8 +350,7 @@ def statistics_of(batches, count):
 def folder_features(images, network, batch_size, num_workers):
     """Yield the features (B, D) of an ImageFolder's images, with a progress line."""
     device = next(network.parameters()).device
-    if device.type == "cpu":
-        batch_size = min(batch_size, 8)  # what the layers make of more images does not fit the caches
+    batch_size = min(batch_size, 8) if device.type == "cpu" else batch_size  # more do not fit its caches
     started = time.monotonic()
     done = 0
     for batch in torch.utils.data.DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
@@ -382,15 +364,8 @@ def folder_features(images, network, batch_size, num_workers):
         print(f"\r{line:<79}", end="\n" if done == len(images) else "", file=sys.stderr, flush=True)
 
 
-def shrink(image):
-    """network_input of one large image, float32 (3, 299, 299): one channel after another, since the whole image takes
-    four times its memory in floats."""
-    return torch.cat([network_input([image[..., channel, None]], "cpu")[0] for channel in range(3)]).numpy()
-
-
 def network_input(images, device):
-    """The images of an ImageFolder, of one size or several, as a tensor (B, 3, 299, 299) in [-1, 1]. Large ones are
-    that already."""
+    """The images of an ImageFolder as a tensor (B, 3, 299, 299) in [-1, 1], which large ones are already."""
     if len({image.shape for image in images}) > 1:
         return torch.cat([network_input([image], device) for image in images])
     if images[0].dtype == np.float32:
@@ -404,8 +379,8 @@ def read_statistics(path):
     try:
         with np.load(path) as saved:
             return Statistics(np.asarray(saved["mu"], np.float64), np.asarray(saved["sigma"], np.float64))
-    except Exception as error:  # numpy raises half a dozen types on damaged files
-        raise InputError(f"{path} is neither a folder nor an .npz file with mu and sigma: {error}") from None
+    except Exception:  # numpy raises half a dozen types on damaged files, some with advice to read them unsafely
+        raise InputError(f"{path} is neither a folder nor an .npz file with mu and sigma") from None
 
 
 def fid_of(a, b):
@@ -429,14 +404,13 @@ def settings_from_command_line():
     add("--num-workers", type=int, default=min(8, cores), help="processes that read images (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dims", type=int, default=2048, choices=DIMS, help="width of the layer that gives features (default: 2048)")
-    add("--save-stats", action="store_true", help="write the statistics of the first path to the second")
+    add("--save-stats", action="store_true", help="write the statistics of the first path to the second, a new file")
     add("--kid", action="store_true", help="KID beside FID; needs two folders")
-    add("--weights", help="the Inception weights, instead of fetching them")
+    add("--weights", help="a whole file of the Inception weights, instead of fetching them")
     return parser.parse_args()
 
 
 def pick_device(name):
-    """The torch.device of that name; for None, CUDA where there is one."""
     try:
         return torch.zeros(1, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # torch raises both
@@ -464,18 +438,19 @@ def measured(paths, settings):
 def save_statistics(folder, target, settings):
     """Write the statistics of a folder to a new .npz file, whole or not at all."""
     target = target if target.suffix == ".npz" else target.with_name(f"{target.name}.npz")
-    partial = target.with_name(f"{target.name}.partial")
     if target.exists():
         raise InputError(f"{target} exists; remove it, or choose another name")
-    partial.touch(exist_ok=False)  # before the work, since it may be impossible
+    temporary = target.with_name(f".{os.urandom(8).hex()}")
     try:
-        (statistics,) = measured([folder], settings)
-        with open(partial, "wb") as file:
+        with open(temporary, "xb") as file:  # before the work, since it may be impossible
+            (statistics,) = measured([folder], settings)
             np.savez_compressed(file, mu=statistics.mu, sigma=statistics.sigma)
-        os.replace(partial, target)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     finally:
-        partial.unlink(missing_ok=True)
-    print(f"statistics of {folder}: {target}")
+        temporary.unlink(missing_ok=True)
+    print(f"statistics of {folder}: {target}", file=sys.stderr)  # which has every name, in any encoding
 
 
 def lacks_memory(error):
@@ -483,24 +458,45 @@ def lacks_memory(error):
     return isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory|worker \(pid", str(error))
 
 
-def main():
-    settings = settings_from_command_line()
-    if settings.save_stats:
-        return save_statistics(*settings.path, settings)
-    a, b = measured(settings.path, settings)
+class Output(io.TextIOBase):
+    """Standard output or error, where a line that cannot be written is dropped, and all that follow."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115  (None under >&-)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def print_distances(a, b, kid):
     print("FID: ", fid_of(a, b))
     if any(images.count and images.count < ENOUGH for images in (a, b)):
         counts = f"{a.count or 'unknown'} and {b.count or 'unknown'} images"
         print(f"warning: {counts}. FID of fewer than {ENOUGH} is too large, but --kid is not", file=sys.stderr)
-    if settings.kid:
+    if kid:
         print("KID:  {} +- {}".format(*kernel_distance(a.features, b.features)))
 
 
-if __name__ == "__main__":
+def main():
+    def stop(number, frame):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises an error for each worker that ends, too
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        settings = settings_from_command_line()
+        if settings.save_stats:
+            save_statistics(*settings.path, settings)
+        else:
+            print_distances(*measured(settings.path, settings), settings.kid)
+    except KeyboardInterrupt as interrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
     except Exception as error:
         if lacks_memory(error):
             error = "not enough memory: lower --batch-size or --num-workers"
@@ -508,3 +504,7 @@ if __name__ == "__main__":
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

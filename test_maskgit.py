@@ -4,6 +4,7 @@ Expected values are worked out here in another way: by hand, by loops, by enumer
 GPU (those that use one skip themselves) or data from elsewhere.
 """
 
+import collections
 import contextlib
 import csv
 import functools
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import re
-import runpy
+import resource
 import shutil
 import signal
 import subprocess
@@ -2179,20 +2180,8 @@ def test_weights_are_fetched_once_and_a_damaged_copy_again(inception_weights, tm
     assert not list(copy.parent.iterdir())
 
 
-def test_wrong_weights_are_refused(inception_weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weight": torch.zeros(3)}, "other.pth")
-    torch.save(Malicious(), "pickle.pth")
-    shutil.copy(inception_weights, "weights-01234567.pth")
-    reasons = {"nothing": "no file", "weights-01234567": "damaged", "other": "not hold", "pickle": "not hold"}
-    for name, reason in reasons.items():
-        said = refusal(fid.load_inception, 64, f"{name}.pth")
-        assert f"{name}.pth" in said and reason in said
-    assert not Path("owned").exists()
-
-
 # ---------------------------------------------------------------------------------------------------
-# fid.py: distances
+# fid.py: distances, statistics and the command line
 
 
 @pytest.mark.parametrize(("size", "rank"), [(2, 2), (5, 5), (12, 12), (12, 7), (30, 20), (300, 1)])
@@ -2244,10 +2233,6 @@ def test_kernel_distance_by_loops():
     assert fid.kernel_distance(x, y, seed=1) == fid.kernel_distance(x, y, seed=1)
 
 
-# ---------------------------------------------------------------------------------------------------
-# fid.py: statistics and the command line
-
-
 @pytest.mark.parametrize("kept", [200, 10])
 def test_running_sums_equal_numpys_statistics(kept, monkeypatch):
     """Far from the origin and in uneven batches; of many images only some features are kept."""
@@ -2264,14 +2249,17 @@ def test_running_sums_equal_numpys_statistics(kept, monkeypatch):
 
 
 @pytest.fixture
-def call_fid(inception_weights, monkeypatch, capsys):
-    def call(*arguments):  # in this process: the numbers after FID: and KID:, and stderr
+def call_fid(inception_weights, tmp_path, monkeypatch, capsys):
+    def call(*arguments):  # in this process: the exit code, the numbers after FID: and KID:, and stderr
         common = ["fid.py", "--num-workers", 0, "--device", "cpu", "--dims", 64, "--weights", inception_weights]
         monkeypatch.setattr(sys, "argv", list(map(str, (*common, *arguments))))
-        fid.main()
-        shown = capsys.readouterr()
-        return [float(number) for number in re.findall(r"^[FK]ID:\s+(\S+)", shown.out, re.MULTILINE)], shown.err
+        with pytest.raises(SystemExit) as end:
+            sys.exit(fid.main() or 0)
+        out, err = capsys.readouterr()
+        return end.value.code, [float(number) for number in re.findall(r"^[FK]ID:\s+(\S+)", out, re.MULTILINE)], err
 
+    monkeypatch.chdir(tmp_path)
+    np.savez("é.npz", mu=np.zeros(64), sigma=np.cov(np.random.default_rng(0).random((64, 99))))
     return call
 
 
@@ -2287,7 +2275,7 @@ def two_folders(tmp_path_factory):
     return folders
 
 
-def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
+def test_two_folders(two_folders, inception_weights, call_fid):
     """Images, sizes and modes mixed, against the independent network; and statistics files, as others read them."""
     features = []
     state = torch.load(inception_weights)
@@ -2295,50 +2283,83 @@ def test_two_folders(two_folders, inception_weights, call_fid, tmp_path):
         images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())]
         features.append(next(inception_by_functions(state, fid.network_input(images, "cpu"))).numpy())
     expected = pytest.approx(fid.frechet_distance_from_features(*features), rel=1e-4)
-    (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3, "--num-workers", 2)
+    _, (found, kid), screen = call_fid(*two_folders, "--kid", "--batch-size", 3, "--num-workers", 2)
     assert found == expected and kid == pytest.approx(fid.kernel_distance(*features)[0], rel=1e-3)
     assert "7/7 images" in screen and "warning: 7 and 7 images" in screen and "--kid" in screen
-    a, b = (tmp_path / name for name in ("a.npz", "b.npz"))
-    for path, folder in zip((tmp_path / "a", b), two_folders, strict=True):
-        call_fid("--save-stats", folder, path)
-    assert sorted(tmp_path.iterdir()) == [a, b] and sorted(np.load(a)) == ["mu", "sigma"]
-    np.testing.assert_allclose(np.load(a)["sigma"], np.cov(features[0], rowvar=False), rtol=1e-3, atol=1e-6)
-    assert call_fid(a, two_folders[1])[0] == [expected]
-    assert call_fid(a, b) == ([expected], "")
+    for name, folder in zip(("a", "b.npz"), two_folders, strict=True):
+        call_fid("--save-stats", folder, name)
+    assert sorted(os.listdir()) == ["a.npz", "b.npz", "é.npz"] and sorted(np.load("a.npz")) == ["mu", "sigma"]
+    np.testing.assert_allclose(np.load("a.npz")["sigma"], np.cov(features[0], rowvar=False), rtol=1e-3, atol=1e-6)
+    assert call_fid("a.npz", two_folders[1])[1] == [expected]
+    assert call_fid("a.npz", "b.npz") == (0, [expected], "")
 
 
-def test_the_options_of_pytorch_fid(monkeypatch):
-    command = "fid.py --batch-size 7 --num-workers 3 --device cuda:1 --dims 768 --save-stats a b"
-    monkeypatch.setattr(sys, "argv", command.split())
-    settings = fid.settings_from_command_line()
-    assert (settings.batch_size, settings.num_workers, settings.device, settings.dims) == (7, 3, "cuda:1", 768)
-    assert settings.save_stats and settings.path == [Path("a"), Path("b")]
+def test_grey_of_16_bits(tmp_path):
+    for dtype, brightest in (("<u2", 65535), (">u2", 65535), ("<u2", 6554)):
+        levels = np.linspace(0, brightest, 40).reshape(8, 5).astype(dtype)
+        Image.fromarray(levels).save(tmp_path / "a.tif")
+        assert (fid.read_image(tmp_path / "a.tif") == (levels.astype(int)[..., None] + 128) // 257).all()
 
 
-def test_bad_input_to_fid_is_named(two_folders, call_fid, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_to_fid_is_one_line(two_folders, inception_weights, call_fid):
     good = two_folders[0]
-    for folder, size in (("single", None), ("damaged", 300)):
-        Path(folder).mkdir()
-        Path(folder, "RGB.JPG").write_bytes((good / "RGB.JPG").read_bytes()[:size])
-    Image.fromarray(np.array([[0, 400]], np.float32)).save("damaged/F.tif")
-    np.savez("stats.npz", mu=np.zeros(64), sigma=np.eye(64))
-    np.savez("other.npz", mean=np.zeros(3))
+    Path("bad").mkdir()
+    Path("bad", "RGB.JPG").write_bytes((good / "RGB.JPG").read_bytes()[:300])
+    for mode in ("f4", "i4", "u2"):
+        Image.fromarray(np.array([[0, 6553]], mode)).save(f"bad/{mode}.tif")
+    Image.new("LAB", (5, 5)).save("bad/LAB.tif")
+    whole = inception_weights.read_bytes()
+    Path("name-01234567.pth").write_bytes(whole)
+    wrong = {"empty": b"", "pointer": b"version https://git-lfs", "page": b"<html>", "other": {"a": torch.zeros(3)}}
+    wrong |= {"code": Malicious(), "flipped": whole[: 10**6] + b"flip" + whole[10**6 + 4 :]}
+    for name, content in wrong.items():
+        Path(name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, name)
+    weights = {"nothing": "there is no file nothing", "bad": "bad is a folder", "name-01234567.pth": ".* is damaged.*"}
+    weights |= {name: f"{name} is not the Inception weights" for name in wrong}
     for arguments, said in [
-        (("single", good), "single holds 1 images"),
-        ((good, "other.npz"), "other.npz is neither"),
-        ((good, "stats.npz", "--dims", 192), "64 features per image, the other 192"),
-        ((good, "stats.npz", "--kid"), "--kid needs two folders"),
-        (("--save-stats", good, "stats.npz"), "stats.npz exists"),
-        (("--save-stats", "damaged", "new.npz"), "F.tif .* 0 to 400, are no brightness.*RGB.JPG cannot be read"),
+        ((inception_weights.parent, good), ".* holds 0 images; .*"),
+        ((good, "pointer"), "pointer is neither .* mu and sigma"),
+        ((good, "é.npz", "--dims", 192), ".*64 features per image, the other 192; set --dims"),
+        ((good, "é.npz", "--dims", 5), ".*--dims.*"),
+        ((good, "é.npz", "--kid"), "--kid needs two folders.*"),
+        (("bad", good), ".*LAB; .*RGB.JPG cannot be .* mode is F; .* mode is I; .* value is 6553; save it with 8 bits"),
+        (("--save-stats", "bad", "é.npz"), "é.npz exists; .*"),
+        (("--save-stats", "bad", "no/new"), ".*No such file or directory: 'no/.*"),
+        *(((good, good, "--weights", name), said) for name, said in weights.items()),
     ]:
-        assert re.search(said, refusal(call_fid, *arguments))
-    assert not list(Path().glob("new*")) and sorted(np.load("stats.npz")) == ["mu", "sigma"]
-    Path("mine.npz.partial").write_text("somebody's")
-    with monkeypatch.context() as patch, pytest.raises(FileExistsError):
-        patch.setattr(fid, "measured", None)  # said before the work
-        call_fid("--save-stats", good, "mine")
-    assert Path("mine.npz.partial").read_text() == "somebody's"
+        code, _, error = call_fid(*arguments)
+        assert code == 2 and re.fullmatch(f"error: {said}\n", error)
+    assert not Path("owned").exists()
+    with pytest.raises(ValueError, match="num_workers"):  # another error keeps its traceback
+        call_fid(good, good, "--num-workers", -1)
+
+
+def test_statistics_are_written_whole_or_not_at_all(call_fid, monkeypatch):
+    """On a disk with any room, under a long name, beside what a killed run has left, and with the usual rights."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", Mock())
+        call_fid("--save-stats", "nothing.npz", "n" * 251)
+    for room in [*range(0, 15_000, 499), resource.RLIM_INFINITY]:
+        assert len(os.listdir()) == 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        code, _, said = call_fid("--save-stats", "é.npz", "n" * 251)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert re.fullmatch("error: .* too large\n" if code else "statistics of .*\n", said)
+    assert code == 0 and os.stat("n" * 251 + ".npz").st_mode == os.stat("é.npz").st_mode
+
+
+def test_signals_and_lines_that_cannot_be_written(call_fid, monkeypatch):
+    full, letters = open("/dev/full", "w"), io.TextIOWrapper(io.BytesIO(), "ascii")  # noqa: SIM115
+    for screen, second in ((full, full), (letters, None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen)
+            patch.setattr(sys, "stderr", second)
+            assert call_fid("--save-stats", "é.npz", screen.encoding)[0] == call_fid("é.npz", "é.npz")[0] == 0
+        screen.close()  # with nothing left that it does not take
+    signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError("a worker was killed")))  # as torch does
+    for numbers in ([signal.SIGINT], [signal.SIGTERM, signal.SIGCHLD]):
+        monkeypatch.setattr(np, "load", lambda path, numbers=numbers: [os.kill(os.getpid(), n) for n in numbers])
+        assert call_fid("é.npz", "é.npz") == (128 + numbers[0], [], "interrupted\n")
 
 
 def test_large_images_are_shrunk_where_they_are_read_and_folders_below_are_told(tmp_path, capsys):
@@ -2353,34 +2374,14 @@ def test_large_images_are_shrunk_where_they_are_read_and_folders_below_are_told(
     torch.testing.assert_close(fid.network_input([large, small], "cpu"), expected, rtol=0, atol=1e-6)
 
 
-class Killed(list):
-    """Images that end the process in which one is read, as a system without memory does."""
-
-    def __getitem__(self, i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_too_little_memory_ends_in_one_line():
+def test_too_little_memory_ends_in_one_line(two_folders, call_fid, monkeypatch):
+    kill = functools.partial(signal.raise_signal, signal.SIGKILL)  # as the system does to a process that reads images
     with pytest.raises(RuntimeError) as killed:
-        list(fid.folder_features(Killed(range(2)), torch.nn.Conv2d(3, 1, 1), 1, num_workers=1))
-    for error in (MemoryError(), killed.value, torch.OutOfMemoryError("CUDA out of memory")):
-        assert fid.lacks_memory(error)
+        list(fid.folder_features(collections.defaultdict(kill, a=0), torch.nn.Conv2d(3, 1, 1), 1, num_workers=1))
+    for error in (MemoryError(), killed.value, torch.OutOfMemoryError("CUDA out of memory"), PermissionError("no")):
+        monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+        assert re.fullmatch("error: (not enough memory: .*|no)\n", call_fid(*two_folders)[2])
     assert not fid.lacks_memory(RuntimeError("an illegal memory access"))
-
-
-def test_errors_of_fid_as_a_program(two_folders, inception_weights, monkeypatch, capsys):
-    """Bad input is one line and exit code 2; another error keeps its traceback."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, arguments)])
-        runpy.run_path(str(HERE / "fid.py"), run_name="__main__")
-
-    for arguments in (["no", "folder"], ["a", "b", "--dims", 5]):
-        with pytest.raises(SystemExit, match="2"):
-            run(*arguments)
-        assert re.fullmatch("error: .*\n", capsys.readouterr().err)
-    with pytest.raises(ValueError, match="num_workers"):
-        run(*two_folders, "--num-workers", -1, "--weights", inception_weights, "--device", "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------
