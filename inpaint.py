@@ -396,7 +396,7 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None):
     if filling.sample == "mean":
         decoded = expected_pictures(
             inpainter, tokens, mask, coords
-        )  # without evidence, which makes strokes in photographs worse
+        )  # without evidence: it makes the mean worse in brush holes
     else:
         order = filling.order
         if order == "confidence":
@@ -549,7 +549,7 @@ def train_painter(recipe, tokenizer, pictures, device):
     steps = recipe.painter_steps
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 30) * (1 - step / steps))
     for step in range(steps):
-        rng = np.random.default_rng([recipe.seed, 4, step])  # with a 4, since the cats' are [seed, i]
+        rng = np.random.default_rng([recipe.seed, 4, step])  # with a 4, as cats have [seed, i]
         pixels = pictures[np.sort(rng.integers(len(pictures), size=16))] / np.float32(255)
         if recipe.mirror and rng.random() < 0.5:
             pixels = pixels[:, :, ::-1].copy()
@@ -785,13 +785,14 @@ def pair_by_name(pictures, masks, may_leave_masks):
         pairs = {picture: theirs[0] for picture, theirs in found.items() if len(theirs) == 1}
         if len(pairs) == len(set(pairs.values())) == len(pictures) and (may_leave_masks or len(pairs) == len(masks)):
             return pairs
-    both = f"{len(pictures)} pictures ({listed(pictures)}) and {len(masks)} masks ({listed(masks)})"
+    both = f"pictures ({listed(file.name for file in pictures)}) and masks ({listed(file.name for file in masks)})"
     raise InputError(f"by their names {both} do not belong together one by one; --help has the rules")
 
 
-def listed(files):
-    """The names of some of them."""
-    return ", ".join([file.name for file in files[:3]] + ["..."] * (len(files) > 3))
+def listed(names):
+    """Some of them, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:4]) + f" and {len(names) - 4} more" * (len(names) > 4)
 
 
 def pair_files(images, masks, out):

@@ -388,7 +388,7 @@ def random_box(coords, generator=None):
 
 
 def random_half(coords, generator=None):
-    """The tokens at coords (B, T, 2) on one of four sides of the middle, if none on the next, if none all: (B, T)."""
+    """The tokens at coords (B, T, 2) on one of four sides of the middle; if none, on the next; if none there, all."""
     rows, tokens, _ = coords.shape
     low, high = coords.aminmax(dim=1, keepdim=True)
     beyond = coords - (low + high) / 2
@@ -445,7 +445,7 @@ def masked_cross_entropy(logits, targets, mask, *, count=None):
 
 
 class Step(NamedTuple):
-    """What samples and orders are given in a step of decode: the n tokens that are still hidden, and the step."""
+    """What decode hands to its sample and order in each step: the n tokens that are still hidden, and the step."""
 
     log_probs: torch.Tensor  # (n, K): the model's, evidence and temperature included
     row: torch.Tensor  # (n,): the row of its image in the batch, 0 .. B-1, ascending
@@ -497,8 +497,8 @@ def all_but_lowest(priority, row, left):
 
 def by_entropy(state, budget=0.001):
     """At its own pace: the most uncertain token and, with it, the most certain ones, as many as have entropies that add
-    up to `budget` nats, and more where the schedule asks for it. Tokens committed together are drawn as if independent,
-    which costs at most the sum of their entropies but the largest: so the most uncertain one is free."""
+    up to `budget` nats, and more where the schedule asks for it. Tokens committed together are drawn as if independent:
+    a KL divergence of at most the sum of their entropies without the largest. So the most uncertain one is free."""
     entropy = torch.special.entr(state.log_probs.exp()).sum(dim=-1)  # (n,)
     # As a table of all tokens of each image, (B, T). Visible ones have 0, and cost nothing.
     table = entropy.new_zeros(state.coords.shape[:2]).index_put((state.row, state.place), entropy)

@@ -277,8 +277,8 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
     assert (here - mirrored).abs().max() > 1e-3
     angles = maskgit.rotary_angles(coords, 12)  # three frequencies for each axis
-    for row, (x, y) in enumerate(coords.tolist()):
-        expected = [value * math.pi / 100 ** (i / 3) for value in (x, y) for i in range(3)]
+    for row, place in enumerate(coords.tolist()):
+        expected = [value * math.pi / 100 ** (i / 3) for value in place for i in range(3)]
         assert angles[row].tolist() == pytest.approx(expected, rel=1e-4)
     angles = maskgit.rotary_angles(coords, 8)  # a pair of numbers is turned as a complex one is
     turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.exp(1j * angles)
