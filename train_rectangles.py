@@ -269,7 +269,7 @@ def paint_grid_samples(model, tests, tokenizer):
     """Truth, masked, filled, of two images: a row for each test. A dot marks the centre of a hidden patch."""
     pictures = []
     for whole in tests.values():
-        test = TestSet(*(array[[len(array) // 2, -1]] for array in whole))  # by the cosine, the first hides much, the last little
+        test = TestSet(*(array[[len(array) // 2, -1]] for array in whole))  # much hidden by the cosine, and little
         for tokens, mask, answer in zip(test.tokens, test.mask, fill(model, test), strict=True):
             dots = [(x - 0.2, y - 0.2, x + 0.2, y + 0.2, ORANGE) for x, y in GRID_POINTS[mask] + PATCH / 2]
             pasted = [(GRID_POINTS, tokens, []), (GRID_POINTS[~mask], tokens[~mask], dots), (GRID_POINTS, answer, [])]
