@@ -11,6 +11,7 @@ The exit code is 1 if one survives.
 import ast
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,6 @@ FAULTS = {  # file: [(piece of code, replacement)], in the order of the code
         ("np.minimum(closest, distances.clip(min=0))", "distances.clip(min=0)"),
         ("[-2 * centred.T,", "[-centred.T,"),
         ("count[rows, columns] += 1", "count[rows, columns] = 1"),
-        ("exponent = index / dim", "exponent = index / dim / 2"),
         ("first * sin + second * cos]", "first * sin - second * cos]"),
         (".softmax(dim=-1) @ value", ".softmax(dim=-2) @ value"),
         ("self.embedding.weight[: self.mask_id]", "self.embedding.weight"),
@@ -62,7 +62,6 @@ FAULTS = {  # file: [(piece of code, replacement)], in the order of the code
     "train_squares.py": [
         ("white = (shown == WHITE)", "white = (shown != BLACK)"),
         ("agree = agreeing(prior, shown).float()", "agree = torch.ones(len(shown), len(prior))"),
-        ("tokens.masked_fill(mask, MASK_ID).split(1024)", "tokens.split(1024)"),
         ("return found[which], calls[which]", "return found[which * 0], calls[which]"),
         ("(found - truth).abs().sum(dim=-1) + 1 - found.sum(dim=-1)", "(found - truth).abs().sum(dim=-1)"),
         ("for _, mask in states])", "for _, mask in states[1:]])"),
@@ -155,9 +154,10 @@ def failing_test(copy, tests):
                 os.killpg(process.pid, signal.SIGTERM)  # and what the tests have started
                 process.wait()
     shutil.rmtree(f"{copy}_tests", ignore_errors=True)  # some are large
-    begun = [line.split()[0] for line in Path(f"{copy}.log").read_text().splitlines() if "::test_" in line]
+    text = Path(f"{copy}.log").read_text()
+    begun = re.findall(r"^\S+::(test_\w+)", text, re.MULTILINE)
     if not begun:
-        raise InputError(f"no test runs in the copy: {Path(f'{copy}.log').read_text().strip().splitlines()[-1:]}")
+        raise InputError(f"no test runs in the copy: {text.strip().splitlines()[-1:]}")
     return begun[-1] if failed else None
 
 
