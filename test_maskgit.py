@@ -276,8 +276,8 @@ def test_rotary_attention_sees_differences_of_coordinates_alone():
     torch.testing.assert_close(here, moved, rtol=1e-4, atol=1e-5)
     assert (here - mirrored).abs().max() > 1e-3
     angles = maskgit.rotary_angles(coords, 12)  # three frequencies for each axis
-    for row, (x, y) in enumerate(coords.tolist()):
-        expected = [value * math.pi / 100 ** (i / 3) for value in (x, y) for i in range(3)]
+    for row, at in enumerate(coords.tolist()):
+        expected = [value * math.pi / 100 ** (i / 3) for value in at for i in range(3)]
         assert angles[row].tolist() == pytest.approx(expected, rel=1e-4)
     angles = maskgit.rotary_angles(coords, 8)  # a pair of numbers is turned as a complex one is
     turned = torch.complex(x[..., :4], x[..., 4:8]) * torch.exp(1j * angles)
@@ -1051,14 +1051,14 @@ SQUARES = train_squares.all_squares(8, 2, 5)
 EXACT = train_squares.ExactModel(SQUARES)
 
 
-@pytest.mark.parametrize(("low", "high", "count"), [(2, 5, 126), (2, 6, 135), (1, 4, 174)])
-def test_number_of_squares(low, high, count):
-    prior = train_squares.all_squares(8, low, high)
-    assert prior.shape == (count, 64) and len(prior.unique(dim=0)) == count
-    for image in prior.reshape(-1, 8, 8):
-        ys, xs = image.nonzero().T
-        side = int(ys.max() - ys.min()) + 1
-        assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and low <= side <= high
+def test_number_of_squares():
+    for low, high, count in ((2, 5, 126), (2, 6, 135), (1, 4, 174)):
+        prior = train_squares.all_squares(8, low, high)
+        assert prior.shape == (count, 64) and len(prior.unique(dim=0)) == count
+        for image in prior.reshape(-1, 8, 8):
+            ys, xs = image.nonzero().T
+            side = int(ys.max() - ys.min()) + 1
+            assert side == xs.max() - xs.min() + 1 and image.sum() == side**2 and low <= side <= high
 
 
 def test_posterior_equals_counting():
@@ -1355,30 +1355,27 @@ def test_a_run_leaves_what_it_promises(script, options, scored, tmp_path, monkey
     assert json.loads(copy.read_text())["tasks" if squares else "scores"] == scores
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
+def test_bad_input_gets_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    """Before anything is made."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    for script, arguments, message in [
         (train_squares, "--lr nan", "it must be at least 0"),
         (train_squares, "--grid 4", "max side"),
         (train_squares, "--heads 5", "divisible by"),
         (train_squares, "--device cuda:99", "cannot be used"),
         (train_squares, "--out file/run", "Not a directory"),
         (train_squares, "--json file/a.json", "File exists: 'file'"),
-        (train_squares, "--weights .", ". is a folder"),
-        (inpaint, "--json .", ". is a folder"),
+        (train_squares, "--weights .", "argument --weights: . is a folder"),
+        (train_rectangles, "--json .", "argument --json: . is a folder"),
         (train_rectangles, "--resume", "no checkpoint"),
         (train_rectangles, "--proposals 9", "is below 10"),
         (train_rectangles, "--fixed-points", "need a number of rectangles"),
         (train_rectangles, "--points 5", "are for the sparse task"),
-    ],
-)
-def test_bad_input_gets_one_line_and_code_2(script, arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("file").write_text("in the way")
-    assert call(script, *arguments.split()) == 2
-    complaint = capsys.readouterr().err
-    assert complaint.startswith("error: ") and complaint.count("\n") == 1 and message in complaint
-    assert [path.name for path in Path().rglob("*")] == ["file"]
+    ]:
+        assert call(script, *arguments.split()) == 2
+        assert re.fullmatch(f"error: .*{message}.*\n", capsys.readouterr().err)
+        assert [path.name for path in Path().rglob("*")] == ["file"]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1435,18 +1432,14 @@ def test_more_pictures_never_move_one_to_another_part(monkeypatch):
             assert "(TMPDIR) cannot hold the pictures" in refusal(parts, 400)
 
 
-@pytest.mark.parametrize(
-    ("kind", "distinct", "low", "high"),
-    [("cats", 20, 0, 255), ("brush", 20, 0.23, 0.33), ("box", 4, 0.23, 0.26), ("half", 4, 0.5, 0.5)],
-)
-def test_cats_and_holes_depend_on_their_seed_and_number_alone(kind, distinct, low, high):
-    def first(count, seed):
-        return inpaint.cartoon_cats(count, 64, seed) if kind == "cats" else inpaint.make_holes(kind, count, 64, seed)
-
-    found = first(20, 1)
-    assert found.shape[:3] == (20, 64, 64) and found.dtype == (np.uint8 if kind == "cats" else bool)
-    assert len({item.tobytes() for item in found}) >= distinct and all(low <= item.mean() <= high for item in found)
-    assert (first(5, 1) == found[:5]).all() and (first(5, 2) != found[:5]).any()
+def test_cats_and_holes_depend_on_their_seed_and_number_alone():
+    ranges = {"cats": (20, 0, 255), "brush": (20, 0.23, 0.33), "box": (4, 0.23, 0.26), "half": (4, 0.5, 0.5)}
+    for kind, (distinct, low, high) in ranges.items():
+        make = inpaint.cartoon_cats if kind == "cats" else functools.partial(inpaint.make_holes, kind)
+        found = make(20, 64, 1)
+        assert found.shape[:3] == (20, 64, 64) and found.dtype == (np.uint8 if kind == "cats" else bool)
+        assert len({item.tobytes() for item in found}) >= distinct and all(low <= item.mean() <= high for item in found)
+        assert (make(5, 64, 1) == found[:5]).all() and (make(5, 64, 2) != found[:5]).any()
 
 
 def test_evidence_of_the_visible_pixels_by_loops():
@@ -1970,33 +1963,32 @@ def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_pat
         assert ({file: file.read_bytes() for file in out.iterdir()} == before) == (seed == 0)
 
 
-def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, capsys):
+def test_bad_input_to_inpaint_is_named(inpaint_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path, 16, 16)
-    images, masks, out, other = (tmp_path / name for name in ("masked_image", "mask64", "out", "other.pt"))
-    damaged, small, mixed = (tmp_path / name for name in "abc")
-    for folder, source in ((damaged, images), (small, masks), (mixed, images)):
-        shutil.copytree(source, folder)
-    shutil.copytree(images, mixed / "again")
-    (tmp_path / "link").symlink_to(images)
-    (damaged / "image_001.png").write_bytes((images / "image_001.png").read_bytes()[:100])
-    Image.new("L", (8, 8)).save(small / "mask_001.png")
-    maskgit.save_checkpoint(other, tiny_model())
-    by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(tmp_path)]
-    cats = [*TINY_CATS, "--out", out]
-    for *arguments, said in [
-        (*by_run, "--images", tmp_path / "nothing", "No such file or directory: .*nothing"),
-        (*by_run, "--images", damaged, "image_001.png cannot be read"),
-        (*by_run, "--masks", small, "mask_001.png is 8x8, .*image_001.png is 16x16"),
-        (*by_run, "--images", images / "image_000.png", "--out", tmp_path / "link", "--force", "would be written to"),
-        (*by_run, "--images", mixed, "--masks", masks / "mask_000.png", "two pictures would become .*out/image_00"),
-        (*by_run, "--size", 16, "--size is only for a training"),
-        (*by_run, "--checkpoint", other, "no checkpoint of inpaint.py"),
-        (*cats, "--invert-masks", "--samples", 1, "--invert-masks is only for filling files"),
-        (*cats, "--data", images, "too few"),
-        (*cats, "--images", images, "name all three"),
+    for folder in ("damaged", "mixed", "mixed/again"):
+        shutil.copytree("masked_image", folder)
+    shutil.copytree("mask64", "small")
+    Path("link").symlink_to("masked_image")
+    Path("damaged/image_001.png").write_bytes(Path("damaged/image_001.png").read_bytes()[:100])
+    Image.new("L", (8, 8)).save("small/mask_001.png")
+    maskgit.save_checkpoint("other.pt", tiny_model())
+    by_run = ["--checkpoint", inpaint_run / "model.pt", *paths_of(Path())]
+    cats = [*TINY_CATS, "--out", "out"]
+    for options, arguments, said in [
+        (by_run, "--images nothing", "No such file or directory: 'nothing'"),
+        (by_run, "--images damaged", "damaged/image_001.png cannot be read"),
+        (by_run, "--masks small", "mask_001.png is 8x8, .*image_001.png is 16x16"),
+        (by_run, "--images masked_image/image_000.png --out link --force", "would be written to"),
+        (by_run, "--images mixed --masks mask64/mask_000.png", "two pictures would become out/image_00"),
+        (by_run, "--size 16", "--size is only for a training"),
+        (by_run, "--checkpoint other.pt", "no checkpoint of inpaint.py"),
+        (cats, "--invert-masks --samples 1", "--invert-masks is only for filling files"),
+        (cats, "--data masked_image", "too few"),
+        (cats, "--images masked_image", "name all three"),
     ]:
-        assert call(inpaint, *arguments) == 2, said
-        assert re.search(f"^error: .*{said}.*\n$", capsys.readouterr().err) and not out.exists(), said
+        assert call(inpaint, *options, *arguments.split()) == 2, said
+        assert re.search(f"^error: .*{said}.*\n$", capsys.readouterr().err) and not Path("out").exists(), said
 
 
 # ---------------------------------------------------------------------------------------------------
