@@ -715,7 +715,7 @@ def test_loss_and_gradient_are_those_of_the_batchs_mean(accumulate, counted):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_first_step_by_hand(optimizer):
-    """AdamW moves weights by lr against the gradient's sign, Muon the blocks' matrices by orthogonal ones; these decay."""
+    """AdamW moves weights by lr against the gradient's sign, Muon blocks' matrices by orthogonal ones; these decay."""
     model = tiny_model(codes=2, head="tied", rotary=False)
     matrices = {id(parameter) for parameter in model.blocks.parameters() if parameter.ndim == 2}
     before = [p.detach().clone() for p in model.parameters()]
