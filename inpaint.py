@@ -785,7 +785,8 @@ def pair_by_name(pictures, masks, may_leave_masks):
         pairs = {picture: theirs[0] for picture, theirs in found.items() if len(theirs) == 1}
         if len(pairs) == len(set(pairs.values())) == len(pictures) and (may_leave_masks or len(pairs) == len(masks)):
             return pairs
-    both = f"pictures ({listed(file.name for file in pictures)}) and masks ({listed(file.name for file in masks)})"
+    shown = [listed(file.name for file in files) for files in (pictures, masks)]
+    both = f"{len(pictures)} pictures ({shown[0]}) and {len(masks)} masks ({shown[1]})"
     raise InputError(f"by their names {both} do not belong together one by one; --help has the rules")
 
 
