@@ -2334,6 +2334,7 @@ def test_signals_and_lines_that_cannot_be_written(call_fid, monkeypatch):
             assert call_fid("--save-stats", "é.npz", screen.encoding)[0] == call_fid("é.npz", "é.npz")[0] == 0
         screen.close()  # with nothing left that it does not take
     signal.signal(signal.SIGCHLD, Mock(side_effect=RuntimeError("a worker was killed")))  # as torch does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     for numbers in ([signal.SIGINT], [signal.SIGTERM, signal.SIGCHLD]):
         monkeypatch.setattr(np, "load", lambda path, numbers=numbers: [os.kill(os.getpid(), n) for n in numbers])
         assert call_fid("é.npz", "é.npz") == (128 + numbers[0], [], "interrupted\n")
