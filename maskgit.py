@@ -1124,7 +1124,7 @@ def run_as_script(main):
     except KeyboardInterrupt as interrupt:
         resumable = f"; --resume goes on from {STATUS['checkpoint']}" if STATUS["checkpoint"] else ""
         print(f"interrupted{resumable}", file=sys.stderr)
-        sys.exit(128 + interrupt.args[0])
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
 
 
 def pick_device(name="auto"):
