@@ -1790,7 +1790,7 @@ PAIRED = "cat dog / Cat DOG; damask mask_1 / damask mask_1; a b c mask_d / Mask-
 PAIRED += "IMG_0101_7 IMG_0102_8 / mask_1_007 m008; image_1 image_10 / mask_01 mask_010; "
 PAIRED += "café được ü / café_mask mask-được ü_mask; का की राम रामा / का_mask की_mask mask_राम mask_रामा"
 UNPAIRED = "cat dog / dog bee; cat / cat dog; cat / cat_mask1 cat_mask2; cat_1 dog_1 / mask_1; "
-UNPAIRED += "cat dog_7 / cat mask_7; cat-a / cata_mask; की / का_mask; ü / u_mask"
+UNPAIRED += "cat_1 dog_1 / m1 m2; cat dog_7 / cat mask_7; cat-a / cata_mask; की / का_mask; ü / u_mask"
 
 
 @pytest.mark.parametrize("names", [*PAIRED.split("; "), *UNPAIRED.split("; ")])
