@@ -691,8 +691,8 @@ def train(
     out is a folder for log.csv, to whose rows validate(model) -> dict of numbers adds columns, and for model.pt,
     written every two minutes with the recipe, the tokenizer and `extra`, a dict of tensors. In the end the model is the
     last one, or the one whose column `best_by` was the lowest. resume goes on from out/model.pt, if model and recipe
-    are the same; force starts over. InputError if the loss is no longer finite, or if a batch hides nothing. However a
-    run ends, the last checkpoint stays whole.
+    are the same; force starts over. InputError if the loss is no longer finite, or if a batch hides nothing. In scripts
+    SIGINT and SIGTERM end it after a step and a checkpoint. The last checkpoint stays whole, however a run ends.
     """
     device = next(model.parameters()).device
     recipe = recipe.for_device(device)
@@ -703,11 +703,11 @@ def train(
     state = dict(step=0, seconds=0.0, loss_sum=0.0, history=[])  # the sum of losses since the last row of history
     best = None  # the model whose column `best_by` was the lowest
     path = Path(out, "model.pt") if out else None
+    if resume:
+        best = resume_run(path, model, optimizers, state, recipe, best_by)
     if out:
         require_no_run(out, resume, force)
         path.parent.mkdir(parents=True, exist_ok=True)  # now, since it may be impossible
-    if resume:
-        best = resume_run(path, model, optimizers, state, recipe, best_by)
     if world > 1:
         start_group(device)
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
@@ -761,8 +761,8 @@ def train(
             STATUS["checkpoint"] = path
             saved = time.monotonic()
     STATUS["training"] = False
-    if stopped:
-        raise KeyboardInterrupt(stopped)
+    if STATUS["signal"]:  # also one that came after the last step
+        raise KeyboardInterrupt(STATUS["signal"])
     result = [state["history"], (best or model).state_dict()]
     if world > 1:
         torch.distributed.broadcast_object_list(result, src=0, device=device)

@@ -898,6 +898,10 @@ def test_a_signal_ends_a_run_after_a_checkpoint(number, code, tmp_path, capsys):
         assert saved(tmp_path)["step"] == 4
     resumed, rows = trained(out=tmp_path, resume=True, **options)
     assert torch.equal(resumed, trained(**options)[0]) and [row["step"] for row in rows] == [4, 8, 9]
+    late = functools.partial(
+        trained, out=tmp_path / "late", validate=lambda model: signal.raise_signal(number) or {}, steps=1
+    )
+    assert ending(late) == code and saved(tmp_path / "late")["step"] == 1
     assert ending(lambda: signal.raise_signal(number)) == code
     handler = signal.signal(number, signal.SIG_IGN)
     assert ending(lambda: signal.raise_signal(number)) == 0
