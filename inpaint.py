@@ -202,6 +202,8 @@ def open_pictures(folder, cartoons, size, seed, out=None):
     folder, of cartoon cats. And the SHA-256 of all. The part of a picture depends on its pixels alone, so that others
     never move it from test to training. Temporary files hold them (TMPDIR says where), not the memory."""
     sources = picture_files(folder, [out]) if folder else cartoon_cats(cartoons, size, seed)
+    if folder:  # codebook and scores take the first ones, which must not all be of one subfolder
+        np.random.default_rng(0).shuffle(sources)
     files = [tempfile.TemporaryFile() for _ in Split._fields]  # noqa: SIM115  they are closed with the arrays
     distinct = {}  # digest: part
     duplicates = 0
