@@ -46,17 +46,22 @@ from torch import nn
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
 
 
-def brush_hole(rng, size):
+def brush_hole(rng, size, width=3):
     """Strokes of a wandering brush, 3 of 64 pixels wide, until HOLE_SHARE of the pixels is gone, as in R1 and R2."""
     canvas = Image.new("1", (size, size))
     pen = ImageDraw.Draw(canvas)
     while np.asarray(canvas).mean() < HOLE_SHARE:
         x, y = rng.uniform(0, size, 2)
-        for dx, dy in rng.normal(0, size / 32, (size, 2)):
-            pen.line([(x, y), (x + dx, y + dy)], fill=1, width=max(1, round(3 * size / 64)))
+        for dx, dy in rng.normal(0, width * size / 96, (3 * size // width, 2)):
+            pen.line([(x, y), (x + dx, y + dy)], fill=1, width=max(1, round(width * size / 64)))
             x = min(max(x + dx, 0), size)
             y = min(max(y + dy, 0), size)
     return np.asarray(canvas)
+
+
+def thick_hole(rng, size):
+    """The same of a brush that is 6 to 10 pixels wide."""
+    return brush_hole(rng, size, width=int(rng.integers(6, 11)))
 
 
 def box_hole(rng, size):
@@ -74,7 +79,7 @@ def half_hole(rng, size):
     return np.rot90(left, rng.integers(4))
 
 
-HOLES = {"brush": brush_hole, "box": box_hole, "half": half_hole}
+HOLES = {"brush": brush_hole, "thick": thick_hole, "box": box_hole, "half": half_hole}
 
 
 @dataclass(frozen=True)
