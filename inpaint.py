@@ -40,7 +40,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from maskgit import InputError, setting
-from PIL import ExifTags, Image, ImageDraw, ImageOps
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 
 HOLE_SHARE = 0.24  # of the pixels, as in R1 and R2's masks
@@ -88,11 +89,11 @@ class Inpainting(maskgit.Experiment):
 
     pictures_sha256: str = setting("", "")  # no flag: open_pictures finds it
     cartoons: int = setting(6000, "number of cats, without --data", low=1)
-    size: int = setting(64, "pixels per side of a picture; SSIM needs 11", low=11)
+    size: int = setting(64, "pixels per side of a picture", low=8)
     patch: int = setting(4, "pixels per side of a token", low=1)
     codes: int = setting(1024, "of the codebook", low=2)
     mirror: bool = setting(True, "train on mirrored pictures as well")
-    hole: str = setting("brush", "of validation and scores", choices=HOLES)
+    hole: str = setting("brush", "of validation and samples.png", choices=HOLES)
     hole_rows: float = setting(0.5, "share of a batch that hides holes; the rest hides --mask", low=0.0, below=1.0)
     painter_steps: int = setting(1000, "updates of the painter", low=1)
 
@@ -108,6 +109,7 @@ class Filling:
     temperature: float = setting(0.4, "of the samples", low=1e-6)
     choice_temperature: float = setting(1.0, "of the order by confidence", low=0.0)
     evidence: bool = setting(True, "use the visible pixels of tokens that lie partly in a hole")
+    grain: bool = setting(True, "borrow from what is visible the fine structure that a filled hole lacks")
 
     def __post_init__(self):
         maskgit.check_settings(self)
@@ -401,9 +403,7 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None):
     tokenizer = inpainter.tokenizer
     tokens, mask, coords = model_input(inpainter, images, holes)
     if filling.sample == "mean":
-        decoded = expected_pictures(
-            inpainter, tokens, mask, coords
-        )  # without evidence: it makes the mean worse in brush holes
+        decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence would make it worse in brush holes
     else:
         order = filling.order
         if order == "confidence":
@@ -416,7 +416,8 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None):
         with inpainter.answering():
             tokens = maskgit.decode(inpainter.model, tokens, mask, coords, **options)
         decoded = decode_tokens(tokenizer, tokens)
-    return into_holes(decoded, images, holes, inpainter.painter)
+    filled = into_holes(decoded, images, holes, inpainter.painter)
+    return np.stack([grained(*each) for each in zip(filled, holes, strict=True)]) if filling.grain else filled
 
 
 def fill_in_batches(inpainter, images, holes, filling, seed=0):
@@ -478,6 +479,108 @@ def pixel_evidence(tokenizer, images, holes, levels=6, least_noise=(4 / 255) ** 
     for variance in torch.from_numpy(variances).float()[..., None, None]:  # (B, 1, 1)
         log_densities.append((-distances / variance - count * variance.log()) / 2 / correlated)
     return functools.reduce(torch.logaddexp, log_densities)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Larger pictures, and their grain
+
+
+def fill_picture(inpainter, size, pixels, hole, filling, seed=0):
+    """A picture (H, W, 3) uint8 of any size whose hole (H, W) is filled by a model of pictures of `size`, one square
+    after the other; a later one sees what an earlier one has filled."""
+    pixels, hole = pixels.copy(), hole.copy()
+    for number in itertools.count():
+        if not hole.any():
+            return pixels
+        window = next_window(hole)
+        pixels[window] = fill_square(inpainter, size, pixels[window], hole[window], filling, seed + number)
+        hole[window] = False
+
+
+def next_window(hole):
+    """Where to fill a hole (H, W) next, as an index: a square of the picture's shorter side. From the left or top on it
+    takes as much of the hole as it can, in its middle. If less than a quarter of it is visible, it is moved by half its
+    side to where more is."""
+    if hole.shape[0] > hole.shape[1]:
+        return next_window(hole.T)[::-1]
+    side, length = hole.shape
+    along = np.flatnonzero(hole.any(axis=0))
+    part = along[along < along[0] + side]
+    start = int(np.clip((part[0] + part[-1] + 1 - side) // 2, 0, length - side))
+    if hole[:, start : start + side].mean() > 3 / 4:
+        start = min(side // 2, length - side) if part[0] == 0 else max(0, start - side // 2)
+    return slice(None), slice(start, start + side)
+
+
+def fill_square(inpainter, size, pixels, hole, filling, seed):
+    """A square picture (N, N, 3) uint8 whose hole (N, N) is filled at the model's size. From there it grows to its own
+    by at most an octave at a time, twice the side; each time what is visible is put in anew."""
+    side = len(hole)
+    filled = fill(inpainter, *(each[None] for each in shrunk(pixels, hole, size)), filling, seed)[0]
+    octaves = max(1, math.ceil(math.log2(side / size)))
+    for i in range(1, octaves + 1):
+        small, small_hole = shrunk(pixels, hole, round(size * (side / size) ** (i / octaves)))
+        low = np.asarray(Image.fromarray(filled).resize(small_hole.shape, Image.Resampling.BICUBIC))
+        filled = paste(small, small_hole, low)
+        if filling.grain and side > size:
+            filled = with_grain(filled, low, small_hole)
+    return filled
+
+
+def shrunk(pixels, hole, size):
+    """The pixels (N, N, 3) of a picture, and its hole (N, N), in size x size: a pixel with any part of the hole belongs
+    to it."""
+    arrays = (pixels, hole.astype(np.float32))
+    small = [np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BOX)) for a in arrays]
+    return small[0], small[1] > 0
+
+
+def grained(pixels, hole):
+    """A picture (S, S, 3) uint8 of the model's size with grain in its hole (S, S). A painter leaves the finest out."""
+    return with_grain(pixels, np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.8))), hole)
+
+
+PATCH = 4  # pixels per side of what is borrowed; patches lie half as far apart
+SOURCES = 10_000  # the most visible patches that are looked at, evenly spread
+
+
+def with_grain(pixels, low, hole):
+    """A picture (H, W, 3) uint8 in whose hole (H, W) that fine structure is added which it lacks beside `low`, the
+    picture without any: what a model cannot say is borrowed from what is visible.
+
+    With high = pixels - low, each patch q that touches the hole borrows from that wholly visible patch p which is most
+    like it in the low frequencies: b(q) = high(argmin_p |low(p) - low(q)|^2). In each pixel they are averaged by a
+    window w, b = sum w b(q) / sum w, and b is scaled to the energy they had before, E. What the hole has of its own
+    stays, and is completed to that energy: pixels + sqrt(max(0, 1 - E(high) / E)) b, energies being mean squares.
+    (Efros and Leung 1999 copy pixels by what surrounds them; Freeman et al. 2002 find high frequencies by low ones;
+    Hertzmann et al., Image Analogies, 2001.)"""
+    high = pixels.astype(np.int16) - low
+    hidden = sliding_window_view(hole, (PATCH, PATCH)).any(axis=(2, 3))  # (H - 3, W - 3)
+    sources = np.argwhere(~hidden)
+    if not len(sources) or not hole.any():
+        return pixels
+    sources = sources[:: math.ceil(len(sources) / SOURCES)]
+    step = PATCH // 2
+    grid = [(at % step == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # the last ones reach the edge
+    targets = np.argwhere(hidden & np.logical_and.outer(*grid))
+
+    def patches(values, corners):
+        return sliding_window_view(values, (PATCH, PATCH), axis=(0, 1))[*corners.T].astype(np.float32)  # (N, 3, 4, 4)
+
+    looks = [patches(low, corners).reshape(len(corners), -1) for corners in (targets, sources)]
+    borrowed = patches(high, sources[maskgit.nearest_centroid(*looks)])
+    ramp = np.minimum(np.arange(PATCH), np.arange(PATCH)[::-1]) + 1
+    total, weight = np.zeros((2, *pixels.shape), np.float32)
+    for y, x in np.ndindex(PATCH, PATCH):  # one pixel of all patches at once, as no two share it
+        rows, columns = targets.T + [[y], [x]]
+        total[rows, columns] += ramp[y] * ramp[x] * borrowed[:, :, y, x]
+        weight[rows, columns] += ramp[y] * ramp[x]
+    found = total[hole] / weight[hole]  # (pixels of the hole, 3)
+    energy, own, averaged = (float(np.square(each, dtype=np.float32).mean()) for each in (borrowed, high[hole], found))
+    missing = math.sqrt(max(0, energy - own) / max(averaged, 1e-9))
+    result = pixels.copy()
+    result[hole] = (pixels[hole] + missing * found).round().clip(0, 255)
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -587,9 +690,7 @@ def make_batch(recipe, tokenizer, pictures):
     parts = [view[start : start + 256] for view in views for start in range(0, len(view), 256)]
     grids = np.concatenate([tokenizer.encode(part / np.float32(255)) for part in parts]).astype(np.int32)  # (N, h, w)
     coords = maskgit.grid_coords(*grids.shape[1:])
-    with_hole = int(
-        recipe.hole_rows * recipe.batch_size
-    )  # never all rows: these may come to hide nothing, a batch must not
+    with_hole = int(recipe.hole_rows * recipe.batch_size)  # never all rows: a batch must not come to hide nothing
     of_each = min(1000, 1 + recipe.steps * with_hole)  # holes of each kind: few for a short run
     holes = [make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES]
     holes = token_mask(tokenizer, np.concatenate(holes))  # (3 * of_each, T)
@@ -649,81 +750,34 @@ def cross_entropy(inpainter, inputs):
 # Scores and pictures of a run
 
 
-def picture_scores(images, holes, filled):
-    """PSNR (dB) and mean absolute error (of 255) inside the holes, SSIM of the whole, means over the pictures."""
-    errors = filled.astype(np.float64) - images
-    inside = [error[hole] for error, hole in zip(errors, holes, strict=True)]
-    psnr = np.mean([10 * math.log10(255**2 / max(np.square(error).mean(), 1e-9)) for error in inside])
-    l1 = np.mean([np.abs(error).mean() for error in inside])
-    return {"psnr": float(psnr), "l1": float(l1), "ssim": structural_similarity(images, filled)}
+def psnr(images, holes, filled):
+    """The peak signal-to-noise ratio inside the holes, in dB: the mean over the pictures."""
+    errors = [error[hole] for error, hole in zip(filled.astype(float) - images, holes, strict=True)]
+    return float(np.mean([10 * math.log10(255**2 / max(np.square(error).mean(), 1e-9)) for error in errors]))
 
 
-def structural_similarity(x, y):
-    """SSIM (Wang et al. 2004): Gaussian windows of 11x11 with sigma 1.5 that fit inside, mean over all channels."""
-    bell = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    down, across = ((bell / bell.sum()).reshape(1, 1, *sides) for sides in ((11, 1), (1, 11)))
-    x, y = (torch.from_numpy(images).double().permute(0, 3, 1, 2).flatten(0, 1)[:, None] / 255 for images in (x, y))
-    # Each (B * C, 1, H, W) becomes (B * C, 1, H - 10, W - 10).
-    means = [F.conv2d(F.conv2d(v, down), across) for v in (x, y, x * x, y * y, x * y)]
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = means
-    variances = mean_xx - mean_x**2 + mean_yy - mean_y**2
-    covariance = mean_xy - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return float((similarity / ((mean_x**2 + mean_y**2 + c1) * (variances + c2))).mean())
-
-
-def score(inpainter, test, seen, filling, seeds):
-    """All scores of a run: of test images with holes, so many draws of each, and of some that were seen in training."""
-    images, holes = test
-    tokenizer, painter = inpainter.tokenizer, inpainter.painter
-    rows = []
-
-    def add(name, filled, **more):
-        rows.append({"name": name} | more | picture_scores(images, holes, filled))
-
+def score(inpainter, images, seen, filling):
+    """The scores of a run, on test images and on some that were seen in training, in the same holes of each kind."""
+    tokenizer = inpainter.tokenizer
     true = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
-    add("true tokens", into_holes(true, images, holes, painter))
-    add("true tokens, as decoded", into_holes(true, images, holes))
-    for name, (who, way) in ways_to_fill(inpainter, filling).items():
-        for seed in range(seeds if way.sample == "categorical" else 1):
-            add(name, fill_in_batches(who, images, holes, way, seed), seed=seed, **asdict(way))
-        print(f"{name}: {rows[-1]['psnr']:.2f} dB", file=sys.stderr)
-    by_holes = {}
-    for name, other in {"seen": seen, **{kind: with_holes(images, kind, TEST_SEED) for kind in HOLES}}.items():
-        by_holes[name] = picture_scores(*other, fill_in_batches(inpainter, *other, filling))
-    entropies = {"test": cross_entropy(inpainter, input_batches(inpainter, *test))}
-    entropies["seen"] = cross_entropy(inpainter, input_batches(inpainter, *seen))
-    if tokenizer.centroids is not None:  # as a VQGAN has none
-        entropies["with evidence"] = cross_entropy(inpainter, input_batches(inpainter, *test, informed=True))
-    hidden = {"pixels": float(holes.mean()), "tokens": float(token_mask(tokenizer, holes).float().mean())}
-    return {"scored": len(images), "hidden": hidden, "cross_entropy": entropies, "as set": by_holes, "rows": rows}
-
-
-def ways_to_fill(inpainter, filling):
-    """{name: (Inpainter, Filling)}: as set, without what is done about the rim, and twice without chance."""
-    plain = inpainter._replace(painter=None)
-    ways = {"as set": (inpainter, filling), "as decoded": (plain, filling)}
-    if filling.evidence:
-        ways["as decoded, without evidence"] = (plain, replace(filling, evidence=False))
-    ways["likeliest, T=1"] = (inpainter, replace(filling, sample="argmax", decode_steps=1))
-    if inpainter.tokenizer.centroids is not None:
-        ways["expected"] = (inpainter, replace(filling, sample="mean"))
-    return ways
+    scores = {}
+    for kind in HOLES:
+        test = with_holes(images, kind, TEST_SEED)
+        old = with_holes(seen, kind, TEST_SEED)
+        entropies = {"test": input_batches(inpainter, *test), "seen": input_batches(inpainter, *old)}
+        if tokenizer.centroids is not None:  # as a VQGAN has none
+            entropies["with evidence"] = input_batches(inpainter, *test, informed=True)
+        scores[kind] = {f"nats, {name}": cross_entropy(inpainter, batches) for name, batches in entropies.items()}
+        scores[kind] |= {"dB, test": psnr(*test, fill_in_batches(inpainter, *test, filling))}
+        scores[kind] |= {"dB, seen": psnr(*old, fill_in_batches(inpainter, *old, filling))}
+        scores[kind] |= {"dB, true tokens": psnr(*test, into_holes(true, *test, inpainter.painter))}
+    return {"scored": len(images), "scores": scores}
 
 
 def print_scores(figures):
-    """Means of each way's draws."""
-    names = ("psnr", "l1", "ssim")
-    table = []
-    for way, rows in itertools.groupby(figures["rows"], lambda row: row["name"]):
-        values = np.mean([[row[name] for name in names] for row in rows], axis=0)
-        table.append([way, *(f"{value:.4g}" for value in values)])
-    maskgit.print_table(["filled by", *names], table)
-    table = [[name, *(f"{value:.4g}" for value in scores.values())] for name, scores in figures["as set"].items()]
-    maskgit.print_table(["as set, on", "psnr", "l1", "ssim"], table)
-    entropies = ", ".join(f"{name} {value:.3f}" for name, value in figures["cross_entropy"].items())
-    print(f"cross-entropy, nats per hidden token: {entropies}; seen: on pictures of the training")
+    """Nats per hidden token, and dB in the holes."""
+    rows = [[kind, *(f"{value:.4g}" for value in scores.values())] for kind, scores in figures["scores"].items()]
+    maskgit.print_table(["holes", *figures["scores"]["brush"]], rows)
 
 
 def save_pictures(out, inpainter, images, holes, filling, history):
@@ -844,13 +898,6 @@ def read_pair(picture, mask, invert):
     return image, hole
 
 
-def shrunk(image, hole, size):
-    """The RGB pixels of a picture, and its hole, in size x size: a pixel with any part of the hole belongs to it."""
-    arrays = (np.asarray(image.convert("RGB")), hole.astype(np.float32))
-    small = [np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BOX)) for a in arrays]
-    return small[0], small[1] > 0
-
-
 def open_model(path, device, precision):
     """The Inpainter that a run of this script has left, and the run's settings."""
     checkpoint = maskgit.load_checkpoint(path, device)
@@ -874,10 +921,9 @@ def require_free(results, pairs, overwrite):
             raise InputError(f"{file} exists; --force overwrites, --out renames")
 
 
-def write_result(file, picture, hole, small):
-    """A PNG of the picture, with its hole from a smaller one that is filled (S, S, 3)."""
-    large = np.asarray(Image.fromarray(small).resize(picture.size, Image.Resampling.BICUBIC))
-    result = Image.fromarray(paste(np.asarray(picture.convert("RGB")), hole, large)).convert(picture.mode.rstrip("A"))
+def write_result(file, picture, pixels):
+    """A PNG of RGB pixels (H, W, 3), with the mode, the transparency and the colour profile of a picture."""
+    result = Image.fromarray(pixels).convert(picture.mode.rstrip("A"))
     if picture.mode.endswith("A"):
         result.putalpha(picture.getchannel("A"))
     buffer = io.BytesIO()
@@ -896,17 +942,13 @@ def fill_files(inpainter, size, filling, arguments, seed):
         _, hole = read_pair(picture, mask, arguments.invert_masks)
         if hole.all() or not hole.any():
             print(f"{picture}: by {mask} {'nothing is visible' if hole.all() else 'there is no hole'}")
-    for start in range(0, len(pairs), AT_ONCE):
-        rows = slice(start, start + AT_ONCE)
-        small = [shrunk(*read_pair(*pair, arguments.invert_masks), size) for pair in pairs[rows]]
-        images, holes = map(np.stack, zip(*small, strict=True))
-        seeds = [maskgit.step_seed(seed, start, i) for i in range(arguments.samples)]
-        samples = [fill(inpainter, images, holes, filling, each) for each in seeds]
-        for pair, files, *filled in zip(pairs[rows], results[rows], *samples, strict=True):
-            picture, hole = read_pair(*pair, arguments.invert_masks)
-            for file, sample in zip(files, filled, strict=True):
-                write_result(file, picture, hole, sample)
-    print(f"{len(pairs)} pictures filled at the model's {size}x{size}, only their holes pasted back: {arguments.out}")
+    for pair, files in zip(pairs, results, strict=True):
+        picture, hole = read_pair(*pair, arguments.invert_masks)
+        pixels = np.asarray(picture.convert("RGB"))
+        for i, file in enumerate(files):
+            filled = fill_picture(inpainter, size, pixels, hole, filling, maskgit.step_seed(seed, 0, i))
+            write_result(file, picture, filled)
+    print(f"{len(pairs)} pictures filled: {arguments.out}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -934,7 +976,7 @@ def command_line(description, recipe, filling, out):
     add = parser.add_argument_group("pictures and scores of a training").add_argument
     add("--data", type=Path, help="folder of pictures, kept in TMPDIR meanwhile; if not given, cartoon cats")
     add("--test-images", type=maskgit.at_least(8), default=48, help="default %(default)s")
-    add("--score-seeds", type=maskgit.at_least(1), default=1, help="draws behind each row of the table")
+    add("--weights", type=maskgit.new_file, help="write the model to this file in bf16, without its training")
     maskgit.add_flags(parser, type(filling), **asdict(filling))
     maskgit.add_flags(parser, recipe, **DEFAULTS)
     return parser
@@ -946,7 +988,7 @@ def defaults_of(arguments):
 
 
 FILLS_ONLY = {"invert_masks", "samples"}
-TRAINS_ONLY = {"preset", "data", "test_images", "score_seeds", "json", "resume", *asdict(Inpainting())}
+TRAINS_ONLY = {"preset", "data", "test_images", "weights", "json", "resume", *asdict(Inpainting())}
 TRAINS_ONLY -= {"seed", "precision"}
 
 
@@ -998,18 +1040,26 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
     if maskgit.process_rank()[0] > 0:
         return
     trained = time.monotonic()
-    test = with_holes(split.test[: arguments.test_images], recipe.hole, TEST_SEED)
-    seen = with_holes(split.training[: arguments.test_images], recipe.hole, TEST_SEED)
-    figures = {"pictures": counts} | score(inpainter, test, seen, filling, arguments.score_seeds)
+    test, seen = (part[: arguments.test_images] for part in (split.test, split.training))
+    figures = {"pictures": counts} | score(inpainter, test, seen, filling)
     figures["parameters"] = sum(p.numel() for p in inpainter.model.parameters())
     figures["validation"] = min(row["validation"] for row in history)
     seconds = {"prepared": prepared - started, "trained": history[-1]["seconds"], "scored": time.monotonic() - trained}
     figures["seconds"] = {name: round(value) for name, value in seconds.items()}
     print_scores(figures)
-    save_pictures(out, inpainter, *(each[:8] for each in test), filling, history)
+    save_pictures(out, inpainter, *with_holes(test[:8], recipe.hole, TEST_SEED), filling, history)
     print("pictures:", *sorted(out.glob("*.png")), out / "decode.gif")
+    if arguments.weights:
+        save_weights(arguments.weights, maskgit.load_checkpoint(out / "model.pt"))
     settings = vars(arguments) | asdict(recipe) | asdict(filling)
     maskgit.write_figures(record, settings, figures, out / "metrics.json", arguments.json)
+
+
+def save_weights(path, run):
+    """The model and the painter of a run in bf16, which load_state_dict makes float32 again."""
+    extra = {name: tensor.bfloat16() for name, tensor in (run["extra"] or {}).items()}
+    options = dict(tokenizer=run["tokenizer"], extra=extra, config=run["config"], step=run["step"])
+    maskgit.save_checkpoint(path, run["model"].bfloat16(), **options)
 
 
 def main():

@@ -194,21 +194,33 @@ def test_remedies_on_a_small_scale(tmp_path, monkeypatch):
 
 def test_ways_to_fill_are_judged(tmp_path, capsys):
     """By error and by realism; the true tokens are the best by both. Other pictures than the model's are refused."""
-    data = ["--data", tmp_path]
+    data = ["--data", tmp_path / "cats"]
+    data[1].mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 16)):
-        Image.fromarray(cat).save(tmp_path / f"{i}.png")
+        Image.fromarray(cat).save(data[1] / f"{i}.png")
     assert call(inpaint, *TINY_CATS, *data, "--out", tmp_path / "run") == 0
     options = ["--checkpoint", tmp_path / "run" / "model.pt", "--ways", "likeliest", "reports", "--holes", "box"]
-    options += ["--observer-steps", 9, "--json", tmp_path / "found.json"]
+    options += ["--observer-steps", 9, "--shapes", "--json", tmp_path / "found.json"]
     assert call(filling, *options) == 2 and "trained on other pictures" in capsys.readouterr().err
     assert call(filling, *options, *data) == 0
     rows = {row["way"]: row for row in result("found", tmp_path)["rows"]}
     studied = [f"reports {schedule}, T={t}" for schedule in ("linear", "cosine", "square") for t in (1, 4, 8, 10, 20)]
-    assert [*rows] == ["true tokens", "likeliest", *studied]
+    assert [*rows] == ["true tokens, no grain", "true tokens", "likeliest, no grain", "likeliest", *studied]
     assert Image.open(tmp_path / "found.png").size[0] > 8 * 128
-    for name, sign in {"psnr": -1, "ssim": -1, "frechet": 1}.items():
-        limit, *others = (sign * row[name] for row in rows.values())
+    for name, sign in {"psnr": -1, "frechet": 1}.items():
+        limit, _, *others = (sign * row[name] for row in rows.values())
         assert limit < min(others)
+    assert [*result("found", tmp_path)["shapes"]] == ["2:1", "one by one", "4:3", "4:3, squashed"]
+    larger = [
+        "--checkpoint",
+        tmp_path / "run" / "model.pt",
+        "--ways",
+        "likeliest",
+        *options[5:-1],
+        tmp_path / "larger.json",
+    ]
+    assert call(filling, *larger, *data, "--size", 20) == 0
+    assert [row["way"] for row in result("larger", tmp_path)["rows"]] == ["likeliest, no grain", "likeliest"]
 
 
 def test_curves_become_a_picture(tmp_path):
