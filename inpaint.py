@@ -7,7 +7,8 @@
 A token with any hole pixel is hidden, and predicted from the others; a small network, the painter, then corrects its
 pixels by those that are visible. A run leaves model.pt, log.csv, metrics.json and its pictures in runs/inpaint (--out).
 
-Pictures   are what Pillow reads in 8 bits, or grey in 16 if their brightest pixel has a tenth of white, 65535.
+Pictures   are what Pillow reads in 8 bits, or grey in 16 if their brightest pixel has a tenth of white, 65535. Training
+           cuts squares out of their middles; any shape is filled, in squares of its shorter side that cover the holes.
 Masks      have their picture's size. Brighter than half of white is visible, the rest is the hole (--invert-masks: the
            other way round); of 0 and 1 alone, 1 is white. They are black and white, without transparency.
 Files      hold one image each, turned as their EXIF says. What begins with a dot is left out.
@@ -105,7 +106,7 @@ class Filling:
     decode_steps: int = setting(10, "network calls", low=1)
     schedule: str = setting("cosine", "of decode", choices=maskgit.SCHEDULES)
     order: str = setting("confidence", "of decode", choices=maskgit.ORDERS)
-    sample: str = setting("categorical", "mean: the least error", choices=("categorical", "argmax", "mean"))
+    sample: str = setting("categorical", "argmax: the likeliest code", choices=("categorical", "argmax"))
     temperature: float = setting(0.4, "of the samples", low=1e-6)
     choice_temperature: float = setting(1.0, "of the order by confidence", low=0.0)
     evidence: bool = setting(True, "use the visible pixels of tokens that lie partly in a hole")
@@ -213,8 +214,7 @@ def open_pictures(folder, cartoons, size, seed, out=None):
         np.random.default_rng(0).shuffle(sources)
     files = [tempfile.TemporaryFile() for _ in Split._fields]  # noqa: SIM115  they are closed with the arrays
     distinct = {}  # digest: part
-    duplicates = 0
-    transparent = 0
+    duplicates = transparent = 0
     for source in sources:
         try:
             image = read_picture(source) if folder else Image.fromarray(source)
@@ -237,9 +237,8 @@ def open_pictures(folder, cartoons, size, seed, out=None):
         except OSError as error:
             raise InputError(f"{tempfile.gettempdir()} (TMPDIR) cannot hold the pictures: {error.strerror}") from None
     if folder:
-        print(f"{folder}: {len(distinct)} distinct pictures, {duplicates} duplicates left out")
-    if transparent:
-        print(f"{folder}: {transparent} pictures lost their transparency")
+        counts = f"{len(distinct)} distinct pictures, {duplicates} duplicates left out"
+        print(f"{folder}: {counts}, {transparent} lost their transparency")
     if len(set(distinct.values())) < 3:
         raise InputError(f"{len(distinct)} distinct pictures are too few for training, validation and test")
     split = Split(*(np.memmap(file, np.uint8, "r+").reshape(-1, size, size, 3) for file in files))
@@ -289,8 +288,8 @@ def cartoon_cat(rng, size):
         pen.polygon(inner, fill=(230, 160, 160))
     ellipse(pen, x, y, width, height, colour(fur))
     paint_pattern(pen, pattern, x, y, width, height, dark, light, colour(second))
-    for side in (-1, 1):  # the muzzle
-        muzzle = dark if pattern == "siamese" else light
+    muzzle = dark if pattern == "siamese" else light
+    for side in (-1, 1):
         ellipse(pen, x + side * width * 0.2, y + height * 0.32 + 18, width * 0.26, height * 0.22, muzzle)
     paint_features(pen, rng, x, y, width, height)
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX))
@@ -377,10 +376,6 @@ class Inpainter(NamedTuple):
     painter: nn.Module | None  # None leaves pictures as they are decoded
     precision: str  # of the model's answers
 
-    def answering(self):
-        """The context in which the model is asked."""
-        return maskgit.precision_context(next(self.model.parameters()).device, self.precision)
-
 
 def token_mask(tokenizer, holes):
     """Which tokens have any pixel in holes (B, S, S), and are hidden: bool (B, T)."""
@@ -402,21 +397,16 @@ def fill(inpainter, images, holes, filling, seed=0, trace=None):
     """Images (B, S, S, 3) uint8 whose holes (B, S, S) are filled in the way of a Filling; trace goes to decode."""
     tokenizer = inpainter.tokenizer
     tokens, mask, coords = model_input(inpainter, images, holes)
-    if filling.sample == "mean":
-        decoded = expected_pictures(inpainter, tokens, mask, coords)  # evidence would make it worse in brush holes
-    else:
-        order = filling.order
-        if order == "confidence":
-            order = functools.partial(maskgit.by_confidence, choice_temperature=filling.choice_temperature)
-        generator = torch.Generator(tokens.device).manual_seed(seed)
-        options = dict(steps=filling.decode_steps, schedule=filling.schedule, order=order, sample=filling.sample)
-        options |= dict(temperature=filling.temperature, generator=generator, trace=trace)
-        if filling.evidence:
-            options["evidence"] = pixel_evidence(tokenizer, images, holes).to(tokens.device)
-        with inpainter.answering():
-            tokens = maskgit.decode(inpainter.model, tokens, mask, coords, **options)
-        decoded = decode_tokens(tokenizer, tokens)
-    filled = into_holes(decoded, images, holes, inpainter.painter)
+    order = filling.order
+    if order == "confidence":
+        order = functools.partial(maskgit.by_confidence, choice_temperature=filling.choice_temperature)
+    options = dict(steps=filling.decode_steps, schedule=filling.schedule, order=order, sample=filling.sample)
+    options |= dict(temperature=filling.temperature, generator=torch.Generator(tokens.device).manual_seed(seed))
+    if filling.evidence:
+        options["evidence"] = pixel_evidence(tokenizer, images, holes).to(tokens.device)
+    with maskgit.precision_context(tokens.device, inpainter.precision):
+        tokens = maskgit.decode(inpainter.model, tokens, mask, coords, trace=trace, **options)
+    filled = into_holes(decode_tokens(tokenizer, tokens), images, holes, inpainter.painter)
     return np.stack([grained(*each) for each in zip(filled, holes, strict=True)]) if filling.grain else filled
 
 
@@ -427,19 +417,6 @@ def fill_in_batches(inpainter, images, holes, filling, seed=0):
         rows = slice(start, start + AT_ONCE)
         parts.append(fill(inpainter, images[rows], holes[rows], filling, maskgit.step_seed(seed, start)))
     return np.concatenate(parts)
-
-
-@torch.no_grad()
-def expected_pictures(inpainter, tokens, mask, coords):
-    """Pictures (B, S, S, 3) of tokens (B, T), where a hidden one is the mean of the centroids by the probabilities that
-    one pass gives: of all fillings that of the least squared error."""
-    model, tokenizer = inpainter.model, inpainter.tokenizer
-    with inpainter.answering():
-        logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
-    centroids = torch.from_numpy(tokenizer.centroids).to(tokens.device)
-    patches = torch.where(mask[..., None], logits.softmax(dim=-1) @ centroids, centroids[tokens])  # (B, T, D)
-    side = math.isqrt(patches.shape[1])
-    return maskgit.stitch_patches(patches.unflatten(1, (side, side)).cpu().numpy(), tokenizer.patch, tokenizer.patch)
 
 
 def decode_tokens(tokenizer, tokens):
@@ -528,11 +505,10 @@ def fill_square(inpainter, size, pixels, hole, filling, seed):
 
 
 def shrunk(pixels, hole, size):
-    """The pixels (N, N, 3) of a picture, and its hole (N, N), in size x size: a pixel with any part of the hole belongs
-    to it."""
-    arrays = (pixels, hole.astype(np.float32))
-    small = [np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BOX)) for a in arrays]
-    return small[0], small[1] > 0
+    """A picture (N, N, 3) and its hole (N, N) in size x size: a pixel with any part of the hole belongs to it."""
+    arrays = map(Image.fromarray, (pixels, hole.astype(np.float32)))
+    small, share = (np.asarray(each.resize((size, size), Image.Resampling.BOX)) for each in arrays)
+    return small, share > 0
 
 
 def grained(pixels, hole):
@@ -560,8 +536,7 @@ def with_grain(pixels, low, hole):
     if not len(sources) or not hole.any():
         return pixels
     sources = sources[:: math.ceil(len(sources) / SOURCES)]
-    step = PATCH // 2
-    grid = [(at % step == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # the last ones reach the edge
+    grid = [(at % (PATCH // 2) == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # up to the edge
     targets = np.argwhere(hidden & np.logical_and.outer(*grid))
 
     def patches(values, corners):
@@ -604,16 +579,10 @@ def membrane(values, holes, sweeps=4):
     return values
 
 
-def joined(decoded, pixels, holes):
-    """Decoded pictures (B, C, H, W) shifted to join given ones at the rim of their holes (B, 1, H, W): what the decoded
-    ones are off by, where that is visible, is continued as a membrane."""
-    return decoded + membrane(pixels - decoded, holes)
-
-
 class Painter(nn.Module):
-    """Corrects decoded pictures by what tokens do not say: what is visible, and where the hole is. It adds residual
-    convolutions to the joined picture, some of them with a wide view, on a grid of a quarter of its side. The last one
-    starts at zero."""
+    """Corrects decoded pictures by what tokens do not say: what is visible, and where the hole is. What they are off by
+    at the rim of the hole is continued into it as a membrane. Residual convolutions are added, some of them with a wide
+    view, on a grid of a quarter of the side; the last one starts at zero."""
 
     def __init__(self, width=48, far_width=64):
         super().__init__()
@@ -632,7 +601,7 @@ class Painter(nn.Module):
         given ones have in the holes is not used."""
         decoded, pixels = (each.permute(0, 3, 1, 2) for each in (decoded, pixels))
         holes = holes[:, None]
-        start = joined(decoded, pixels, holes)  # (B, 3, S, S)
+        start = decoded + membrane(pixels - decoded, holes)  # (B, 3, S, S)
         x = self.first(torch.cat([start, holes], dim=1))  # (B, width, S, S)
         far = self.down(F.gelu(x))  # (B, far_width, S // 4, S // 4)
         for convolution in self.far:
@@ -711,14 +680,12 @@ def make_batch(recipe, tokenizer, pictures):
 
 def train_model(recipe, tokenizer, painter, split, device, **options):
     """An Inpainter whose model did best in the holes of validation pictures, and the rows of its log."""
-    batch = make_batch(recipe, tokenizer, split.training)
     inpainter = Inpainter(recipe.new_model(recipe.codes, device), tokenizer, painter, recipe.precision)
-    validation = with_holes(split.validation[:200], recipe.hole, VALIDATION_SEED)
-    inputs = list(input_batches(inpainter, *validation))
+    inputs = list(input_batches(inpainter, *with_holes(split.validation[:200], recipe.hole, VALIDATION_SEED)))
     options |= dict(best_by="validation", validate=lambda _: {"validation": cross_entropy(inpainter, inputs)})
     if painter is not tokenizer:  # a VQGAN, which is both, stays in its own file
         options |= dict(tokenizer=tokenizer, extra=painter.state_dict())
-    return inpainter, maskgit.train(inpainter.model, batch, recipe, **options)
+    return inpainter, maskgit.train(inpainter.model, make_batch(recipe, tokenizer, split.training), recipe, **options)
 
 
 def input_batches(inpainter, images, holes, informed=False):
@@ -738,7 +705,7 @@ def cross_entropy(inpainter, inputs):
     model = inpainter.model
     total, count = 0.0, 0
     for tokens, mask, coords, true, evidence in inputs:
-        with inpainter.answering():
+        with maskgit.precision_context(tokens.device, inpainter.precision):
             logits = model(tokens.masked_fill(mask, model.mask_id), coords).float()
         hidden = int(mask.sum())
         total += float(maskgit.masked_cross_entropy(logits + evidence, true, mask)) * hidden
@@ -757,10 +724,10 @@ def psnr(images, holes, filled):
 
 
 def score(inpainter, images, seen, filling):
-    """The scores of a run, on test images and on some that were seen in training, in the same holes of each kind."""
-    tokenizer = inpainter.tokenizer
+    """The scores of a run, on test images and on some that were seen in training, in the same holes of each kind: nats
+    per hidden token, and dB in the holes."""
+    tokenizer, scores = inpainter.tokenizer, {}
     true = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
-    scores = {}
     for kind in HOLES:
         test = with_holes(images, kind, TEST_SEED)
         old = with_holes(seen, kind, TEST_SEED)
@@ -768,16 +735,10 @@ def score(inpainter, images, seen, filling):
         if tokenizer.centroids is not None:  # as a VQGAN has none
             entropies["with evidence"] = input_batches(inpainter, *test, informed=True)
         scores[kind] = {f"nats, {name}": cross_entropy(inpainter, batches) for name, batches in entropies.items()}
-        scores[kind] |= {"dB, test": psnr(*test, fill_in_batches(inpainter, *test, filling))}
-        scores[kind] |= {"dB, seen": psnr(*old, fill_in_batches(inpainter, *old, filling))}
-        scores[kind] |= {"dB, true tokens": psnr(*test, into_holes(true, *test, inpainter.painter))}
+        scores[kind]["dB, test"] = psnr(*test, fill_in_batches(inpainter, *test, filling))
+        scores[kind]["dB, seen"] = psnr(*old, fill_in_batches(inpainter, *old, filling))
+        scores[kind]["dB, true tokens"] = psnr(*test, into_holes(true, *test, inpainter.painter))
     return {"scored": len(images), "scores": scores}
-
-
-def print_scores(figures):
-    """Nats per hidden token, and dB in the holes."""
-    rows = [[kind, *(f"{value:.4g}" for value in scores.values())] for kind, scores in figures["scores"].items()]
-    maskgit.print_table(["holes", *figures["scores"]["brush"]], rows)
 
 
 def save_pictures(out, inpainter, images, holes, filling, history):
@@ -786,8 +747,7 @@ def save_pictures(out, inpainter, images, holes, filling, history):
     filled = [fill_in_batches(inpainter, images, holes, filling, seed) for seed in range(3)]
     columns = np.stack([grey, *filled, images], axis=1)
     sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
-    sample = "categorical" if filling.sample == "mean" else filling.sample  # the mean comes in one step
-    frames = [grey, *trace_pictures(inpainter, images, holes, replace(filling, sample=sample))]
+    frames = [grey, *trace_pictures(inpainter, images, holes, filling)]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
     curves = {"training": (steps, training), "validation": (steps, validation)}
@@ -1046,7 +1006,8 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
     figures["validation"] = min(row["validation"] for row in history)
     seconds = {"prepared": prepared - started, "trained": history[-1]["seconds"], "scored": time.monotonic() - trained}
     figures["seconds"] = {name: round(value) for name, value in seconds.items()}
-    print_scores(figures)
+    rows = [[kind, *(f"{value:.4g}" for value in scores.values())] for kind, scores in figures["scores"].items()]
+    maskgit.print_table(["holes", *figures["scores"][recipe.hole]], rows)
     save_pictures(out, inpainter, *with_holes(test[:8], recipe.hole, TEST_SEED), filling, history)
     print("pictures:", *sorted(out.glob("*.png")), out / "decode.gif")
     if arguments.weights:
@@ -1057,9 +1018,9 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
 
 def save_weights(path, run):
     """The model and the painter of a run in bf16, which load_state_dict makes float32 again."""
-    extra = {name: tensor.bfloat16() for name, tensor in (run["extra"] or {}).items()}
-    options = dict(tokenizer=run["tokenizer"], extra=extra, config=run["config"], step=run["step"])
-    maskgit.save_checkpoint(path, run["model"].bfloat16(), **options)
+    painter = {name: tensor.bfloat16() for name, tensor in (run["extra"] or {}).items()}
+    kept = {name: run[name] for name in ("tokenizer", "config", "step")}
+    maskgit.save_checkpoint(path, run["model"].bfloat16(), extra=painter, **kept)
 
 
 def main():
@@ -1071,8 +1032,8 @@ def main():
         fill_files(inpainter, run["size"], filling, arguments, recipe.seed)
     else:
         train_and_score(record, arguments, recipe, filling)
-        model = f"{arguments.out}/model.pt"
-        print(f"fill your own: python inpaint.py --checkpoint {model} --images DIR --masks DIR --out DIR")
+        model = f"--checkpoint {arguments.out}/model.pt"
+        print(f"fill your own: python inpaint.py {model} --images DIR --masks DIR --out DIR")
 
 
 if __name__ == "__main__":

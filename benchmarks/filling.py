@@ -48,7 +48,7 @@ REPORTS = {"temperature": 1.0, "choice_temperature": 4.5, "evidence": False}
 AS_DECODED = ("neither", "reports")  # ways without the painter
 # What each changes in an inpaint.Filling.
 WAYS = {"as set": {}, "neither": {"evidence": False}}
-WAYS |= {"likeliest": {"sample": "argmax", "decode_steps": 1}, "expected": {"sample": "mean"}}
+WAYS |= {"likeliest": {"sample": "argmax", "decode_steps": 1}}
 WAYS |= {f"order {order}": {"order": order} for order in ("random", "entropy")}
 WAYS |= {f"temperature {temperature}": {"temperature": temperature} for temperature in (0.2, 0.7, 1.0)}
 WAYS |= {f"steps {steps}": {"decode_steps": steps} for steps in (4, 20)}
@@ -58,7 +58,7 @@ OPENCV = {"OpenCV, Telea": "INPAINT_TELEA", "OpenCV, Navier-Stokes": "INPAINT_NS
 RADIUS = 3  # pixels around the hole that the first two look at, their usual value
 OBSERVED = 2000  # larger cats that the observer learns from
 SEEN = 64  # pixels per side of what the observer is shown
-KINDS = ["as set", "neither", "likeliest", "expected", "order", "temperature", "steps"]
+KINDS = ["as set", "neither", "likeliest", "order", "temperature", "steps"]
 
 
 def fill(way, inpainter, size, images, holes, seed):

@@ -89,7 +89,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.names:
             python = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/"
-            command = records[name]["command"].replace("python ", python, 1)
+            command = records[name]["command"].replace("python ", python, 1).replace(" --resume", "")
             command = command.replace(" FOLDER", f" {shlex.quote(str(arguments.photographs.resolve()))}")
             if subprocess.run(command, shell=True, cwd=folder).returncode:
                 raise InputError(f"{name} cannot be made again by {command}")

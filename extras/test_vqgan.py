@@ -283,7 +283,7 @@ def test_a_run_on_a_vqgans_tokens(small_vqgan, tmp_path, monkeypatch, capsys):
         (inpaint, *by_run, "no checkpoint of inpaint.py"),
         (vqgan, "--vqgan", other, *by_run, "was not trained on the tokens of the VQGAN that --vqgan names"),
         (vqgan, "--vqgan", other, *small, "--resume", "was trained with vqgan_sha256="),
-        (vqgan, "--vqgan", file, *by_run, "--evidence", "--evidence and --sample mean need a centroid in pixels"),
+        (vqgan, "--vqgan", file, *by_run, "--evidence", "--evidence needs a centroid in pixels"),
         (vqgan, "--vqgan", file, *by_run, "--transformer", other, "fill by one of them"),
         (vqgan, "--vqgan", file, *files, "name all three"),
         (vqgan, "--vqgan", file, *small, "--out", out, "--size", 32, "unrecognized arguments: --size 32"),

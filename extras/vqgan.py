@@ -6,7 +6,7 @@
 
 Pictures are 64x64. The VQGAN is frozen. It sees the whole picture, so a hole is covered by a membrane before it is
 encoded (the reports paint it grey), and nothing of what is in it reaches the model. Its codes have no centroids in
-pixels: neither --evidence nor --sample mean is possible. A model that is trained here belongs to its VQGAN, whose
+pixels, so --evidence is not possible. A model that is trained here belongs to its VQGAN, whose
 weights model.pt names by their SHA-256. Written from a description of the files, and checked with random weights only:
 no real file was at hand.
 """
@@ -149,8 +149,8 @@ class VQGAN(nn.Module):
 
     def paint(self, decoded, images, holes):
         """As a Painter that has learnt nothing: decoded pictures shifted to join images uint8 at the rim of holes."""
-        pictures = (torch.from_numpy(each).permute(0, 3, 1, 2) for each in (decoded, images / np.float32(255)))
-        return inpaint.joined(*pictures, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
+        errors = torch.from_numpy(images / np.float32(255) - decoded).permute(0, 3, 1, 2)
+        return decoded + inpaint.membrane(errors, torch.from_numpy(holes)[:, None]).permute(0, 2, 3, 1).numpy()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def parse_arguments():
         parser.error("--transformer is the reports', --checkpoint one of this script: fill by one of them")
     inpaint.require_flags(parser, arguments, arguments.transformer or arguments.checkpoint)
     filling = maskgit.settings_from(arguments, inpaint.Filling)
-    if filling.evidence or filling.sample == "mean":
-        parser.error("--evidence and --sample mean need a centroid in pixels for each code; a VQGAN has none")
+    if filling.evidence:
+        parser.error("--evidence needs a centroid in pixels for each code; a VQGAN has none")
     return arguments, maskgit.settings_from(arguments, OnVQGAN), filling
 
 
