@@ -79,7 +79,6 @@ FAULTS = {  # file: [(piece of code, replacement)], in the order of the code
         ("values = values.masked_fill(holes, 0)", "values = values.clone()"),
         ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
         ("max(0, energy - own)", "energy"),
-        ("hole[:, start : start + side].mean() > 3 / 4", "False"),
         ("best_by=\"validation\"", "best_by=None"),
         ("if frames > 1:", "if False:"),
         ("if orientation in FLIPS else image", "if False else image"),

@@ -3,8 +3,9 @@
     python benchmarks/reproduce.py --list                        all of them: commit, minutes, which code has changed
     python benchmarks/reproduce.py inpaint_cats64 filling_cats64 --photographs DIR           these again, in order
 
-The commands run in one new folder. Another kind of machine explains a figure that is off by twice its range over seeds,
-of JSONs or of rows, or by a tenth where there is one seed. Times are not compared.
+The commands run in one new folder; one with --resume, which scored a finished run anew, trains it first. Another kind
+of machine explains a figure that is off by twice its range over seeds, of JSONs or of rows, or by a tenth where there
+is one seed. Times are not compared.
 """
 
 import json
