@@ -2026,6 +2026,19 @@ def test_large_pictures_are_filled_square_by_square(inpaint_run, monkeypatch):
     assert shown == [(500, 0), (250, 130)]
 
 
+def test_the_fillers_that_come_along():
+    """They are those of the runs. The cats' fills cats that nobody has seen as well as its JSON says."""
+    for name, run, size in (("photographs", "inpaint_cats64", 4e6), ("cats", "inpaint", 2.5e6)):
+        path = HERE / "results" / f"{name}.pt"
+        figures = json.loads((HERE / "results" / f"{run}.json").read_text())
+        inpainter, config = inpaint.open_model(path, "cpu", "float32")
+        assert path.stat().st_size < size and config["pictures_sha256"] == figures["settings"]["pictures_sha256"]
+    cats = np.stack([inpaint.cartoon_cat(np.random.default_rng([0, i]), 64) for i in range(6000, 6024)])
+    given = inpaint.with_holes(cats, "brush", inpaint.TEST_SEED)
+    found = inpaint.psnr(*given, inpaint.fill(inpainter, *given, inpaint.Filling()))
+    assert found == pytest.approx(figures["scores"]["brush"]["dB, test"], abs=1)
+
+
 def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_path, monkeypatch, capsys):
     write_pairs(tmp_path, 16, 16)
     out = tmp_path / "out"

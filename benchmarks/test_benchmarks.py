@@ -211,15 +211,8 @@ def test_ways_to_fill_are_judged(tmp_path, capsys):
         limit, _, *others = (sign * row[name] for row in rows.values())
         assert limit < min(others)
     assert [*result("found", tmp_path)["shapes"]] == ["2:1", "one by one", "4:3", "4:3, squashed"]
-    larger = [
-        "--checkpoint",
-        tmp_path / "run" / "model.pt",
-        "--ways",
-        "likeliest",
-        *options[5:-1],
-        tmp_path / "larger.json",
-    ]
-    assert call(filling, *larger, *data, "--size", 20) == 0
+    larger = ["--size", 20, "--ways", "likeliest", "--json", tmp_path / "larger.json"]
+    assert call(filling, *options, *data, *larger) == 0
     assert [row["way"] for row in result("larger", tmp_path)["rows"]] == ["likeliest, no grain", "likeliest"]
 
 
@@ -342,21 +335,13 @@ def test_figures_of_the_readme():
         said.append(
             f"| {words} | {cross_entropy} | {ratios} | {accuracy} | {100 * sparse[0][kind]['commonest']:.0f} % |"
         )
-    ways = {
-        "the model alone": "as decoded, without evidence",
-        "with evidence: the visible pixels of tokens half in the hole": "as decoded",
-        "and painted": "as set",
-        "the expected picture, painted": "expected",
-        "the true tokens, painted: the limit": "true tokens",
-    }
-    runs = [result(name)["rows"] for name in ("inpaint", "inpaint_cats64")]
+    ways = {way: way for way in ("OpenCV, Telea", "OpenCV, Navier-Stokes", "OpenCV, shift map")}
+    ways |= {"the model": "as set, no grain", "with grain": "as set", "the true tokens, with grain": "true tokens"}
+    runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
     for words, way in ways.items():
-        rows = [[(row["psnr"], row["ssim"]) for row in run if row["name"] == way] for run in runs]
-        said.append(" | ".join(["| " + words, *("{:.1f} | {:.3f}".format(*np.mean(row, axis=0)) for row in rows)]))
-    rows = [result(name)["rows"] for name in ("opencv_cats", "opencv_cats64")]
-    strokes = [next(row for row in run if row["way"] == "OpenCV, Navier-Stokes") for run in rows]
-    said.append(" | ".join(["Stokes", *(f"{row['psnr']:.1f} | {row['ssim']:.3f}" for row in strokes)]))
-    said.append(f"after {sum(result('inpaint')['seconds'].values()) / 60:.0f} minutes on one core with bf16")
+        rows = [[row for row in run if row["way"] == way and row["holes"] == "thick"] for run in runs]
+        means = [np.mean([[row["psnr"], row["frechet"]] for row in each], axis=0) for each in rows]
+        said.append(" | ".join(["| " + words, *("{:.1f} | {:.3f}".format(*each) for each in means)]))
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
     said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
     assert [each for each in said if each not in readme] == []
