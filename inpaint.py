@@ -526,10 +526,10 @@ def with_grain(pixels, low, hole):
 
     With high = pixels - low, each patch q that touches the hole borrows from that wholly visible patch p which is most
     like it in the low frequencies: b(q) = high(argmin_p |low(p) - low(q)|^2). In each pixel they are averaged by a
-    window w, b = sum w b(q) / sum w, and b is scaled to the energy they had before, E. What the hole has of its own
-    stays, and is completed to that energy: pixels + sqrt(max(0, 1 - E(high) / E)) b, energies being mean squares.
-    (Efros and Leung 1999 copy pixels by what surrounds them; Freeman et al. 2002 find high frequencies by low ones;
-    Hertzmann et al., Image Analogies, 2001.)"""
+    window w, b = sum w b(q) / sum w, and b is scaled to the energy (mean square) E that they had before. What the hole
+    has of its own stays, and is completed: pixels + sqrt(1 - E(high) / E) b; if it has half of E, as cartoons do, it is
+    sharp enough. (Efros and Leung 1999 copy pixels by what surrounds them; Freeman et al. 2002 find high frequencies by
+    low ones; Hertzmann et al., Image Analogies, 2001.)"""
     high = pixels.astype(np.int16) - low
     hidden = sliding_window_view(hole, (PATCH, PATCH)).any(axis=(2, 3))  # (H - 3, W - 3)
     sources = np.argwhere(~hidden)
@@ -551,10 +551,11 @@ def with_grain(pixels, low, hole):
         total[rows, columns] += ramp[y] * ramp[x] * borrowed[:, :, y, x]
         weight[rows, columns] += ramp[y] * ramp[x]
     found = total[hole] / weight[hole]  # (pixels of the hole, 3)
-    energy, own, averaged = (float(np.square(each, dtype=np.float32).mean()) for each in (borrowed, high[hole], found))
-    missing = math.sqrt(max(0, energy - own) / max(averaged, 1e-9))
+    parts = borrowed.swapaxes(0, 1)[:, sliding_window_view(hole, (PATCH, PATCH))[*targets.T]], high[hole], found
+    energy, own, averaged = (float(np.square(part, dtype=np.float32).mean()) for part in parts)
     result = pixels.copy()
-    result[hole] = (pixels[hole] + missing * found).round().clip(0, 255)
+    if own < energy / 2:
+        result[hole] = (pixels[hole] + math.sqrt((energy - own) / max(averaged, 1e-9)) * found).round().clip(0, 255)
     return result
 
 
@@ -724,8 +725,7 @@ def psnr(images, holes, filled):
 
 
 def score(inpainter, images, seen, filling):
-    """The scores of a run, on test images and on some that were seen in training, in the same holes of each kind: nats
-    per hidden token, and dB in the holes."""
+    """Of test images and of some seen in training, in each kind of holes: nats per hidden token, dB in the holes."""
     tokenizer, scores = inpainter.tokenizer, {}
     true = tokenizer.decode(tokenizer.encode(images / np.float32(255)))
     for kind in HOLES:

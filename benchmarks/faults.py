@@ -78,7 +78,7 @@ FAULTS = {  # file: [(piece of code, replacement)], in the order of the code
         ("- 2 * shown @ centroids.T", "- shown @ centroids.T"),
         ("values = values.masked_fill(holes, 0)", "values = values.clone()"),
         ("np.where(holes[..., None], filled, images)", "np.where(holes[..., None], images, filled)"),
-        ("max(0, energy - own)", "energy"),
+        ("if own < energy / 2:", "if True:"),
         ("best_by=\"validation\"", "best_by=None"),
         ("if frames > 1:", "if False:"),
         ("if orientation in FLIPS else image", "if False else image"),
