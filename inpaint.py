@@ -15,7 +15,7 @@ Files      hold one image each, turned as their EXIF says. What begins with a do
 Names      are compared without case: a mask has (a) its picture's name, (b) this with "mask" or "masks", digits right
            after that and any of " _-." around it, as cat_mask2 for cat, or (c) the same last number. The first rule by
            which each picture has one mask and each mask one picture is taken for all. In a folder of both, masks have
-           "mask" in their names. A single picture may leave masks over; a single mask serves all pictures.
+           "mask" in their names. A picture given as a file may leave masks over; a single mask serves all pictures.
 Results    are PNGs of their pictures' names. What was visible is unchanged, as are transparency and colour profile;
            what is neither grey nor RGB of 8 bits becomes that. Nothing is overwritten without --force.
 """
@@ -462,7 +462,7 @@ def pixel_evidence(tokenizer, images, holes, levels=6, least_noise=(4 / 255) ** 
 # Larger pictures, and their grain
 
 
-def fill_picture(inpainter, size, pixels, hole, filling, seed=0):
+def fill_picture(inpainter, size, pixels, hole, filling, seed=0, sample=0):
     """A picture (H, W, 3) uint8 of any size whose hole (H, W) is filled by a model of pictures of `size`, one square
     after the other; a later one sees what an earlier one has filled."""
     pixels, hole = pixels.copy(), hole.copy()
@@ -470,28 +470,29 @@ def fill_picture(inpainter, size, pixels, hole, filling, seed=0):
         if not hole.any():
             return pixels
         window = next_window(hole)
-        pixels[window] = fill_square(inpainter, size, pixels[window], hole[window], filling, seed + number)
+        window_seed = maskgit.step_seed(seed, number, sample)
+        pixels[window] = fill_square(inpainter, size, pixels[window], hole[window], filling, window_seed)
         hole[window] = False
 
 
 def next_window(hole):
-    """Where to fill a hole (H, W) next, as an index: a square of the picture's shorter side. From the left or top on it
-    takes as much of the hole as it can, in its middle. If less than a quarter of it is visible, it is moved by half its
-    side to where more is."""
+    """The index of a square of the shorter side, where to fill a hole (H, W) next. From the left or top on it takes as
+    much of the hole as it can, in its middle. If it saw less than a quarter, that is taken which sees about a half."""
     if hole.shape[0] > hole.shape[1]:
         return next_window(hole.T)[::-1]
     side, length = hole.shape
     along = np.flatnonzero(hole.any(axis=0))
     part = along[along < along[0] + side]
     start = int(np.clip((part[0] + part[-1] + 1 - side) // 2, 0, length - side))
-    if hole[:, start : start + side].mean() > 3 / 4:
-        start = min(side // 2, length - side) if part[0] == 0 else max(0, start - side // 2)
+    hidden = np.convolve(hole.sum(axis=0), np.ones(side, int), "valid")  # pixels of the square at each column
+    if hidden[start] > 3 / 4 * side**2:
+        start = int(np.abs(2 * hidden - side**2 - 1).argmin())  # -1: rather all than nothing
     return slice(None), slice(start, start + side)
 
 
 def fill_square(inpainter, size, pixels, hole, filling, seed):
-    """A square picture (N, N, 3) uint8 whose hole (N, N) is filled at the model's size. From there it grows to its own
-    by at most an octave at a time, twice the side; each time what is visible is put in anew."""
+    """A square picture (N, N, 3) uint8 whose hole (N, N) is filled at the model's size. Then it is enlarged to its own,
+    by at most an octave (2 x) at a time; each time what is visible is put back."""
     side = len(hole)
     filled = fill(inpainter, *(each[None] for each in shrunk(pixels, hole, size)), filling, seed)[0]
     octaves = max(1, math.ceil(math.log2(side / size)))
@@ -512,46 +513,46 @@ def shrunk(pixels, hole, size):
 
 
 def grained(pixels, hole):
-    """A picture (S, S, 3) uint8 of the model's size with grain in its hole (S, S). A painter leaves the finest out."""
+    """With grain at the model's size, beside a blur (0.8 pixels): a painter leaves out what is finer."""
     return with_grain(pixels, np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.8))), hole)
 
 
-PATCH = 4  # pixels per side of what is borrowed; patches lie half as far apart
-SOURCES = 10_000  # the most visible patches that are looked at, evenly spread
+GRAIN_PATCH = 4  # pixels per side of what is borrowed; patches lie half as far apart
+GRAIN_SOURCES = 10_000  # the most visible patches that are looked at, drawn at random
 
 
 def with_grain(pixels, low, hole):
-    """A picture (H, W, 3) uint8 in whose hole (H, W) that fine structure is added which it lacks beside `low`, the
-    picture without any: what a model cannot say is borrowed from what is visible.
+    """A picture (H, W, 3) uint8 with grain, its fine structure, in the hole (H, W). What a model cannot say is borrowed
+    from what is visible. `low` is the picture without grain, and high = pixels - low is the grain.
 
-    With high = pixels - low, each patch q that touches the hole borrows from that wholly visible patch p which is most
-    like it in the low frequencies: b(q) = high(argmin_p |low(p) - low(q)|^2). In each pixel they are averaged by a
-    window w, b = sum w b(q) / sum w, and b is scaled to the energy (mean square) E that they had before. What the hole
-    has of its own stays, and is completed: pixels + sqrt(1 - E(high) / E) b; if it has half of E, as cartoons do, it is
-    sharp enough. (Efros and Leung 1999 copy pixels by what surrounds them; Freeman et al. 2002 find high frequencies by
-    low ones; Hertzmann et al., Image Analogies, 2001.)"""
+    Each patch q of a grid over the hole borrows the grain of that wholly visible patch p that looks most like it:
+    b(q) = high(argmin_p |low(p) - low(q)|^2). Overlapping ones are averaged by a window w, b = sum w b(q) / sum w. This
+    weakens them, so b is scaled back to E, the mean square of all b(q) in the hole. If e, that of the hole's own grain,
+    is less than E / 2, sqrt(1 - e / E) b is added; otherwise the hole is sharp enough, as in most cartoons. (Efros and
+    Leung 1999 copy pixels by what surrounds them; Freeman et al. 2002 find high frequencies by low ones; Hertzmann et
+    al., Image Analogies, 2001.)"""
     high = pixels.astype(np.int16) - low
-    hidden = sliding_window_view(hole, (PATCH, PATCH)).any(axis=(2, 3))  # (H - 3, W - 3)
-    sources = np.argwhere(~hidden)
+    square = (GRAIN_PATCH, GRAIN_PATCH)
+    hidden = sliding_window_view(hole, square).any(axis=(2, 3))  # (H - 3, W - 3)
+    sources = np.random.default_rng(0).permutation(np.argwhere(~hidden))[:GRAIN_SOURCES]
     if not len(sources) or not hole.any():
         return pixels
-    sources = sources[:: math.ceil(len(sources) / SOURCES)]
-    grid = [(at % (PATCH // 2) == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # up to the edge
+    grid = [(at % (GRAIN_PATCH // 2) == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # up to the edge
     targets = np.argwhere(hidden & np.logical_and.outer(*grid))
 
     def patches(values, corners):
-        return sliding_window_view(values, (PATCH, PATCH), axis=(0, 1))[*corners.T].astype(np.float32)  # (N, 3, 4, 4)
+        return sliding_window_view(values, square, axis=(0, 1))[*corners.T].astype(np.float32)  # (N, 3, 4, 4)
 
     looks = [patches(low, corners).reshape(len(corners), -1) for corners in (targets, sources)]
     borrowed = patches(high, sources[maskgit.nearest_centroid(*looks)])
-    ramp = np.minimum(np.arange(PATCH), np.arange(PATCH)[::-1]) + 1
+    ramp = np.minimum(np.arange(GRAIN_PATCH), np.arange(GRAIN_PATCH)[::-1]) + 1
     total, weight = np.zeros((2, *pixels.shape), np.float32)
-    for y, x in np.ndindex(PATCH, PATCH):  # one pixel of all patches at once, as no two share it
+    for y, x in np.ndindex(square):  # one pixel of all patches at once, as no two share it
         rows, columns = targets.T + [[y], [x]]
         total[rows, columns] += ramp[y] * ramp[x] * borrowed[:, :, y, x]
         weight[rows, columns] += ramp[y] * ramp[x]
     found = total[hole] / weight[hole]  # (pixels of the hole, 3)
-    parts = borrowed.swapaxes(0, 1)[:, sliding_window_view(hole, (PATCH, PATCH))[*targets.T]], high[hole], found
+    parts = borrowed.swapaxes(0, 1)[:, sliding_window_view(hole, square)[*targets.T]], high[hole], found
     energy, own, averaged = (float(np.square(part, dtype=np.float32).mean()) for part in parts)
     result = pixels.copy()
     if own < energy / 2:
@@ -663,7 +664,7 @@ def make_batch(recipe, tokenizer, pictures):
     with_hole = int(recipe.hole_rows * recipe.batch_size)  # never all rows: a batch must not come to hide nothing
     of_each = min(1000, 1 + recipe.steps * with_hole)  # holes of each kind: few for a short run
     holes = [make_holes(kind, of_each, recipe.size, TRAINING_SEED) for kind in HOLES]
-    holes = token_mask(tokenizer, np.concatenate(holes))  # (3 * of_each, T)
+    holes = token_mask(tokenizer, np.concatenate(holes))  # (4 * of_each, T)
 
     def batch(step):
         generator = torch.Generator().manual_seed(maskgit.step_seed(recipe.seed, step))
@@ -760,7 +761,7 @@ def trace_pictures(inpainter, images, holes, filling):
     tokenizer = inpainter.tokenizer
     side = images.shape[1] // tokenizer.patch
     trace, shown = [], []
-    fill(inpainter, images, holes, filling, trace=trace)
+    fill(inpainter, images, holes, replace(filling, grain=False), trace=trace)
     for tokens, mask in trace:
         hidden = mask.cpu().numpy().reshape(-1, side, side)
         hidden = hidden.repeat(tokenizer.patch, axis=1).repeat(tokenizer.patch, axis=2)  # (B, S, S)
@@ -874,7 +875,7 @@ def require_free(results, pairs, overwrite):
     given = {file.resolve() for pair in pairs for file in pair}
     for file, count in collections.Counter(results).items():
         if count > 1:
-            raise InputError(f"two pictures would become {file}; fill their folders one at a time")
+            raise InputError(f"two pictures would become {file}; rename one, or fill them apart")
         if file.resolve() in given:
             raise InputError(f"{file} is read from and would be written to; --out renames")
         if file.exists() and not overwrite:
@@ -906,7 +907,7 @@ def fill_files(inpainter, size, filling, arguments, seed):
         picture, hole = read_pair(*pair, arguments.invert_masks)
         pixels = np.asarray(picture.convert("RGB"))
         for i, file in enumerate(files):
-            filled = fill_picture(inpainter, size, pixels, hole, filling, maskgit.step_seed(seed, 0, i))
+            filled = fill_picture(inpainter, size, pixels, hole, filling, seed, i)
             write_result(file, picture, filled)
     print(f"{len(pairs)} pictures filled: {arguments.out}")
 
@@ -1001,7 +1002,7 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
         return
     trained = time.monotonic()
     test, seen = (part[: arguments.test_images] for part in (split.test, split.training))
-    figures = {"pictures": counts} | score(inpainter, test, seen, filling)
+    figures = {"pictures": counts} | score(inpainter, test, seen, replace(filling, grain=False))
     figures["parameters"] = sum(p.numel() for p in inpainter.model.parameters())
     figures["validation"] = min(row["validation"] for row in history)
     seconds = {"prepared": prepared - started, "trained": history[-1]["seconds"], "scored": time.monotonic() - trained}
@@ -1017,7 +1018,7 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
 
 
 def save_weights(path, run):
-    """The model and the painter of a run in bf16, which load_state_dict makes float32 again."""
+    """What fills, but cannot go on: model and painter in bf16, which loading makes float32, and the tokenizer."""
     painter = {name: tensor.bfloat16() for name, tensor in (run["extra"] or {}).items()}
     kept = {name: run[name] for name in ("tokenizer", "config", "step")}
     maskgit.save_checkpoint(path, run["model"].bfloat16(), extra=painter, **kept)
@@ -1032,8 +1033,7 @@ def main():
         fill_files(inpainter, run["size"], filling, arguments, recipe.seed)
     else:
         train_and_score(record, arguments, recipe, filling)
-        model = f"--checkpoint {arguments.out}/model.pt"
-        print(f"fill your own: python inpaint.py {model} --images DIR --masks DIR --out DIR")
+        print(f"to fill: python inpaint.py --checkpoint {arguments.out}/model.pt --images DIR --masks DIR --out DIR")
 
 
 if __name__ == "__main__":

@@ -1615,9 +1615,9 @@ def test_grain_goes_on_in_a_hole(monkeypatch):
     hole[30:60, 30:60] = True
     nearest = Mock(wraps=maskgit.nearest_centroid)
     monkeypatch.setattr(maskgit, "nearest_centroid", nearest)
-    monkeypatch.setattr(inpaint, "SOURCES", 500)
+    monkeypatch.setattr(inpaint, "GRAIN_SOURCES", 500)
     inside = inpaint.with_grain(inpaint.paste(fur, hole, wall), wall, hole)[hole].astype(float)
-    assert 400 < len(nearest.call_args.args[1]) <= 500
+    assert len(np.unique(nearest.call_args.args[1], axis=0)) == 500
     assert abs(inside.mean() - 128) < 3 and inside.std() == pytest.approx(20, abs=3)
     assert (inpaint.with_grain(wall, fur, np.ones_like(hole)) == wall).all(), "there is nothing to borrow from"
 
@@ -1629,7 +1629,7 @@ def test_windows_cover_every_hole():
         height, width = sorted(rng.integers(1, 40, 2))
         hole = np.repeat(rng.random((height, 5)) < rng.choice((0.1, 0.5, 1.0)), 8, axis=1)[:, :width]
         hole[:, rng.integers(width) :] = False
-        for _ in range(2 * math.ceil(width / height)):
+        for _ in range(1 + 2 * math.ceil(width / height)):
             if hole.any():
                 window = inpaint.next_window(hole)
                 assert hole[window].any() and hole[window].shape == (height, height)
@@ -1642,6 +1642,8 @@ def test_windows_cover_every_hole():
     wide[:] = np.arange(50) >= 40  # what goes on beyond the end is not made up from nothing
     assert inpaint.next_window(wide)[1] == slice(35, 45)
     assert inpaint.next_window(wide[:, ::-1])[1] == slice(5, 15)
+    wide[:] = (np.arange(50) >= 1) & (np.arange(50) < 30)  # nor from the one visible column
+    assert inpaint.next_window(wide)[1] == slice(25, 35)
 
 
 def test_cross_entropy_picture_by_picture(inpaint_run):
@@ -2004,7 +2006,7 @@ def test_large_pictures_are_filled_square_by_square(inpaint_run, monkeypatch):
     inpainter, _ = inpaint.open_model(inpaint_run / "model.pt", "cpu", "float32")
     cats, holes = inpaint.with_holes(inpaint.cartoon_cats(1, 16), "thick", seed=3)
     way = inpaint.Filling()
-    expected = inpaint.fill(inpainter, cats, holes, way, 5)[0]
+    expected = inpaint.fill(inpainter, cats, holes, way, maskgit.step_seed(5, 0, 0))[0]
     assert (inpaint.fill_picture(inpainter, 16, cats[0], holes[0], way, 5) == expected).all()
     cat = np.concatenate([inpaint.cartoon_cat(np.random.default_rng(i), 50) for i in range(2)], axis=1)
     hole = np.zeros((50, 100), bool)
