@@ -534,7 +534,7 @@ def with_grain(pixels, low, hole):
     high = pixels.astype(np.int16) - low
     square = (GRAIN_PATCH, GRAIN_PATCH)
     hidden = sliding_window_view(hole, square).any(axis=(2, 3))  # (H - 3, W - 3)
-    sources = np.random.default_rng(0).permutation(np.argwhere(~hidden))[:GRAIN_SOURCES]
+    sources = np.random.default_rng(0).permutation(np.argwhere(~hidden))[:GRAIN_SOURCES].copy()  # frees the rest
     if not len(sources) or not hole.any():
         return pixels
     grid = [(at % (GRAIN_PATCH // 2) == 0) | (at == at[-1]) for at in map(np.arange, hidden.shape)]  # up to the edge
