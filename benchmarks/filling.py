@@ -99,25 +99,29 @@ def fill_by_opencv(method, image, hole):
 
 
 def shapes(inpainter, size, images, holes):
-    """PSNR of pictures side by side, 2:1, and of each by itself; of crops of 4:3, and of these squashed to a square."""
+    """PSNR of pictures side by side, 2:1, and of each by itself; of two kinds of 4:3, and of these squashed to squares:
+    one of such a pair and a third of the other, and what is inside of one."""
     side = images.shape[1]
 
     def filled(images, holes):
         pairs = zip(images, holes, strict=True)
         return np.stack([inpaint.fill_picture(inpainter, size, *pair, inpaint.Filling()) for pair in pairs])
 
-    def squash(arrays, height):
-        return np.stack([np.asarray(Image.fromarray(array).resize((side, height))) for array in arrays])
+    def squash(arrays, height, width):
+        return np.stack([np.asarray(Image.fromarray(array).resize((width, height))) for array in arrays])
 
     half = len(images) // 2
     pairs = [np.concatenate([each[:half], each[half : 2 * half]], axis=2) for each in (images, holes)]
     apart = [np.concatenate(np.split(pair, 2, axis=2)) for pair in pairs]
     found = {"2:1": inpaint.psnr(*apart, np.concatenate(np.split(filled(*pairs), 2, axis=2)))}
     found["one by one"] = inpaint.psnr(*apart, filled(*apart))
-    crops = [each[:, side // 8 : side - side // 8] for each in (images, holes)]
-    found["4:3"] = inpaint.psnr(*crops, filled(*crops))
-    squashed = filled(*(squash(each, side) for each in crops))
-    return found | {"4:3, squashed": inpaint.psnr(*crops, squash(squashed, crops[0].shape[1]))}
+    around = [pair[:, :, : side * 4 // 3] for pair in pairs]
+    inside = [each[:, side // 8 : side - side // 8] for each in (images, holes)]
+    for name, crops in (("4:3 around one", around), ("4:3 inside one", inside)):
+        found[name] = inpaint.psnr(*crops, filled(*crops))
+        squashed = squash(filled(*(squash(each, side, side) for each in crops)), *crops[1].shape[1:])
+        found[f"{name}, squashed"] = inpaint.psnr(*crops, squashed)
+    return found
 
 
 def around(images, holes):

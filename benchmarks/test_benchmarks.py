@@ -210,7 +210,8 @@ def test_ways_to_fill_are_judged(tmp_path, capsys):
     for name, sign in {"psnr": -1, "frechet": 1}.items():
         limit, _, *others = (sign * row[name] for row in rows.values())
         assert limit < min(others)
-    assert [*result("found", tmp_path)["shapes"]] == ["2:1", "one by one", "4:3", "4:3, squashed"]
+    shapes = ["4:3 around one", "4:3 around one, squashed", "4:3 inside one", "4:3 inside one, squashed"]
+    assert [*result("found", tmp_path)["shapes"]] == ["2:1", "one by one", *shapes]
     larger = ["--size", 20, "--ways", "likeliest", "--json", tmp_path / "larger.json"]
     assert call(filling, *options, *data, *larger) == 0
     assert [row["way"] for row in result("larger", tmp_path)["rows"]] == ["likeliest, no grain", "likeliest"]
