@@ -258,7 +258,6 @@ def test_the_model_sees_a_membrane_in_a_hole(small_vqgan):
 
 def test_a_run_on_a_vqgans_tokens(small_vqgan, tmp_path, monkeypatch, capsys):
     """Its model.pt does not hold the VQGAN, but belongs to it, by the SHA-256 of the weights. It resumes to scores."""
-    monkeypatch.setattr(inpaint, "ways_to_fill", lambda *_: {})
     monkeypatch.setattr(inpaint, "HOLES", {"brush": inpaint.brush_hole})
     monkeypatch.setattr(inpaint, "save_pictures", lambda *_: None)
     state = small_vqgan.state_dict()
