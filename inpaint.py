@@ -90,6 +90,7 @@ class Inpainting(maskgit.Experiment):
 
     pictures_sha256: str = setting("", "")  # no flag: open_pictures finds it
     cartoons: int = setting(6000, "number of cats, without --data", low=1)
+    training_images: int = setting(0, "train on at most so many pictures; 0: all", low=0)
     size: int = setting(64, "pixels per side of a picture", low=8)
     patch: int = setting(4, "pixels per side of a token", low=1)
     codes: int = setting(1024, "of the codebook", low=2)
@@ -992,6 +993,7 @@ def train_and_score(record, arguments, recipe, filling, vqgan=None):
     started = time.monotonic()
     split, digest = open_pictures(arguments.data, recipe.cartoons, recipe.size, recipe.seed, out)
     recipe = replace(recipe, pictures_sha256=digest)
+    split = split._replace(training=split.training[: recipe.training_images or None])
     counts = {name: len(part) for name, part in split._asdict().items()}
     print("pictures:", ", ".join(f"{count} {name}" for name, count in counts.items()))
     pair = (vqgan, vqgan) if vqgan else tokenizer_and_painter(arguments, recipe, split.training, device)
