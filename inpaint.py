@@ -744,17 +744,15 @@ def score(inpainter, images, seen, filling):
 
 
 def save_pictures(out, inpainter, images, holes, filling, history):
-    """samples.png, decode.gif and loss.png."""
+    """samples.png, of the first four images; decode.gif; and loss.png."""
     grey = paste(images, holes, np.uint8(GREY))
-    filled = [fill_in_batches(inpainter, images, holes, filling, seed) for seed in range(3)]
-    columns = np.stack([grey, *filled, images], axis=1)
-    sheet(columns, ["hole", "filled", "another", "another", "truth"]).save(out / "samples.png")
+    filled = [fill(inpainter, images[:4], holes[:4], filling, seed) for seed in range(3)]
+    sheet(np.stack([grey[:4], *filled, images[:4]], 1), ["hole", *["filled"] * 3, "truth"]).save(out / "samples.png")
     frames = [grey, *trace_pictures(inpainter, images, holes, filling)]
     maskgit.save_gif(out / "decode.gif", [sheet(pictures) for pictures in frames])
     steps, training, validation = ([row[name] for row in history] for name in ("step", "loss", "validation"))
-    curves = {"training": (steps, training), "validation": (steps, validation)}
-    title = "Inpainting: loss in training, and on the holes of validation pictures"
-    maskgit.line_plot(curves, title=title, y_label="cross-entropy, nats per hidden token").save(out / "loss.png")
+    curves = {"training": (steps, training), "holes of validation": (steps, validation)}
+    maskgit.line_plot(curves, title="Inpainting: loss", y_label="nats per hidden token").save(out / "loss.png")
 
 
 def trace_pictures(inpainter, images, holes, filling):

@@ -256,12 +256,12 @@ def paint_patches(points, tokens, tokenizer):
 
 
 def paint_boxes(picture, boxes):
-    """A grey picture (H, W) with boxes outlined on it: (H, W, 3). boxes: (x0, y0, x1, y1 in cells, colour)."""
+    """A grey picture (H, W) with boxes on it, filled if orange: (H, W, 3). boxes: (x0, y0, x1, y1 in cells, colour)."""
     image = Image.fromarray((picture * 255).round().astype(np.uint8)).convert("RGB")
     pen = ImageDraw.Draw(image)
     for *corners, colour in boxes:
         x0, y0, x1, y1 = (round(corner * SCALE) for corner in corners)
-        pen.rectangle((x0, y0, x1 - 1, y1 - 1), outline=colour, width=2)
+        pen.rectangle((x0, y0, x1 - 1, y1 - 1), colour if colour == ORANGE else None, colour, width=2)
     return np.asarray(image, dtype=np.float32) / 255
 
 
@@ -278,9 +278,9 @@ def paint_grid_samples(model, tests, tokenizer):
 
 
 def paint_sparse_samples(model, tests, tokenizer, proposals):
-    """A row for each of four images: the visible patches; with the predicted ones; with the true ones; and the mean of
-    every tenth draw from the posterior. Hidden patches are framed in orange, the true rectangle in red."""
-    test = TestSet(*(array[:4] for array in tests["unseen rectangles"]))
+    """A row for each of two images: the visible patches, hidden ones in orange; with the predicted ones; with the true
+    ones; and the mean of every tenth draw from the posterior. The true rectangle is framed in red."""
+    test = TestSet(*(array[:2] for array in tests["unseen rectangles"]))
     predicted = test.tokens.copy()
     predicted[test.mask] = hidden_log_probs(model, test).argmax(dim=-1).numpy()
     rng = np.random.default_rng(TEST_SEED)
@@ -291,10 +291,10 @@ def paint_sparse_samples(model, tests, tokenizer, proposals):
         mean += paint_rectangles(rectangles * SCALE, SIZE * SCALE)[..., 0] / draws
     pictures = []
     for i, (points, mask) in enumerate(zip(test.points, test.mask, strict=True)):
-        boxes = [(x, y, x + PATCH, y + PATCH, ORANGE) for x, y in points[mask]] + [(*test.rectangles[i], RED)]
         pasted = [(points[~mask], test.tokens[i][~mask]), (points, predicted[i]), (points, test.tokens[i])]
-        painted = [paint_patches(*patches, tokenizer) for patches in pasted]
-        pictures += [paint_boxes(picture, boxes) for picture in (*painted, mean[i])]
+        visible, *others = [paint_patches(*patches, tokenizer) for patches in pasted]
+        hidden, frame = [(x, y, x + PATCH, y + PATCH, ORANGE) for x, y in points[mask]], [(*test.rectangles[i], RED)]
+        pictures += [paint_boxes(visible, hidden + frame), *(paint_boxes(each, frame) for each in (*others, mean[i]))]
     return maskgit.image_grid(np.stack(pictures), 4, titles=["visible", "predicted", "true tokens", "posterior's mean"])
 
 
@@ -337,10 +337,10 @@ def save_pictures(out, recipe, tokenizer, history, limit):
     centroids = tokenizer.centroids[tokenizer.centroids.mean(axis=1).argsort()].reshape(CODES, PATCH, PATCH, 1)
     maskgit.image_grid(centroids, CODES // 2, scale=16).save(out / "centroids.png")
     steps = [row["step"] for row in history]
-    curves = {f"training, mask {recipe.mask}": (steps, [row["loss"] for row in history])}
-    curves["unseen, mask 0.2"] = (steps, [row["unseen"] for row in history])
-    curves["posterior, test rectangles"] = (steps, [limit] * len(steps))
-    labels = dict(title=f"Rectangles, {recipe.task} task", y_label="cross-entropy, nats per hidden token")
+    curves = {"training batches": (steps, [row["loss"] for row in history])}
+    curves["unseen, a fifth hidden"] = (steps, [row["unseen"] for row in history])
+    curves["posterior, likewise"] = (steps, [limit] * len(steps))
+    labels = dict(title="Rectangles: loss, and on unseen ones", y_label="cross-entropy, nats per hidden token")
     maskgit.line_plot(curves, **labels).save(out / "loss.png")
 
 

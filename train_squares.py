@@ -303,14 +303,14 @@ def paint_generation(model, prior, device):
     return [maskgit.image_grid(as_images(tokens), 6, scale=12) for tokens, _ in states]
 
 
-def paint_loss(history, limit, mask):
+def paint_loss(history, limit):
     """The loss in training, and the expected cross-entropy on unseen masks beside the posterior's."""
     steps = [row["step"] for row in history]
     curves = {"training batches": (steps, [row["loss"] for row in history])}
     curves["unseen masks"] = (steps, [row["cross_entropy"] for row in history])
     curves["posterior, unseen masks"] = (steps, [limit] * len(steps))
-    title = f"Squares, {TASKS.get(mask, mask)}"
-    return maskgit.line_plot(curves, title=title, y_label="cross-entropy, nats per hidden pixel")
+    labels = dict(title="Squares: loss, and on unseen masks", y_label="cross-entropy, nats per hidden pixel")
+    return maskgit.line_plot(curves, **labels)
 
 
 def train_model(recipe, prior, device, **options):
@@ -366,7 +366,7 @@ def main():
     figures |= {"tasks": tasks, "completions": completions}
 
     limit = score(model, prior, recipe.mask, VALIDATION_COUNT, VALIDATION_SEED)["limit"]
-    paint_loss(history, limit, recipe.mask).save(out / "loss.png")
+    paint_loss(history, limit).save(out / "loss.png")
     maskgit.image_grid(as_images(prior), 18, scale=4).save(out / "prior.png")
     paint_samples(model, prior, device).save(out / "samples.png")
     maskgit.save_gif(out / "decode.gif", paint_generation(model, prior, device))

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -184,13 +184,17 @@ def features_of(pictures, observer, prepare, device):
 
 
 def paint_reports(inpainter, image, hole):
-    """Eight steps of the reports' way to fill a picture (1, S, S, 3), a row for each of their schedules."""
+    """The hole and eight steps of the reports' way to fill a picture (1, S, S, 3), a row for each schedule."""
     rows = []
     for schedule in STUDY[0]:
         filling = replace(inpaint.Filling(), **REPORTS, decode_steps=8, schedule=schedule)
         trace = inpaint.trace_pictures(inpainter._replace(painter=None), image, hole, filling)
-        rows.append(trace + trace[-1:] * (8 - len(trace)))  # a small hole takes fewer steps
-    return inpaint.sheet(np.array(rows), [f"step {t}" for t in range(1, 9)])
+        grey = inpaint.paste(image, hole, np.uint8(inpaint.GREY))
+        rows.append([grey, *trace, *trace[-1:] * (8 - len(trace))])  # a small hole takes fewer steps
+    sheet = inpaint.sheet(np.array(rows), ["the hole", *(f"step {t}" for t in range(1, 9))])
+    for i, schedule in enumerate(STUDY[0]):
+        ImageDraw.Draw(sheet).text((10, 30 + i * (sheet.height - 26) // 3), schedule, fill="black", font_size=14)
+    return sheet
 
 
 def main():

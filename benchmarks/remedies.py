@@ -2,7 +2,7 @@
 
     python benchmarks/remedies.py --json results/rectangles_remedies.json
 
-Each remedy on the sparse task, with 100 rectangles and with fresh ones at every step. A plot lies beside the figures.
+Each remedy on the sparse task, with 100 rectangles and with fresh ones at every step.
 """
 
 import functools
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import maskgit
 import train_rectangles
-from benchmarks.pictures import save_curves
 from maskgit import CommandLine, at_least, pick_device, print_table, run_as_script, run_record, write_figures
 from train_rectangles import PATCH, SIZE, VALIDATION_SEED, coverage, draw_points
 
@@ -118,11 +117,9 @@ def main():
             print(f"{row['variant']}, seed {seed}: accuracy {rows[-1]['unseen']['accuracy']:.4f}", flush=True)
 
     steps = [row["step"] for row in history]
-    curves = {}
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         runs = [row for row in rows if row["variant"] == variant]
-        curves[variant] = (steps, np.mean([row["curve"] for row in runs], axis=0))
         table.append([variant])
         for name, figure in (("unseen", "cross_entropy"), ("unseen", "accuracy"), ("seen", "accuracy")):
             values = [row[name][figure] for row in runs]
@@ -130,10 +127,6 @@ def main():
     limit = {name: float(np.mean([row["unseen"][name] for row in rows])) for name in ("limit", "posterior_accuracy")}
     table.append(["posterior", f"{limit['limit']:.4f}", f"{limit['posterior_accuracy']:.4f}", ""])
     write_figures(record, vars(arguments), {"posterior": limit, "logged_steps": steps, "runs": rows}, arguments.json)
-    plots = {"S2's remedies, mean of three seeds": curves}
-    labels = {"x_label": "step", "y_label": "cross-entropy on unseen rectangles, nats per hidden token"}
-    levels = {"posterior": limit["limit"]}
-    save_curves(arguments.json.with_suffix(".png"), plots, **labels, references=levels, log_y=True)
     print_table(["rectangles, remedy", "unseen: cross-entropy", "accuracy", "the 100: accuracy"], table)
 
 

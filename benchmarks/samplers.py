@@ -1,20 +1,22 @@
 """Samplers of the literature as orders of decode, a few lines each, beside maskgit.py's own and yours.
 
-    python benchmarks/samplers.py --json results/samplers_squares.json       on the squares, where the truth is known
-    python benchmarks/samplers.py FILE                                       with the orders of a Python file, too
+    python benchmarks/samplers.py FILE                                       your orders on the squares, in a minute
+    python benchmarks/samplers.py --json results/samplers_squares.json       all of these: 70 minutes
     python benchmarks/samplers.py --grid --json results/samplers_grid.json   on the rectangles' grid
 
-FILE has a dict ORDERS: name -> an order, or a dict of an order's settings. Orders that neither look at drawn tokens nor
-draw numbers may be named in a set EXACT: on the squares these are scored exactly, the others by counting.
+FILE has a dict ORDERS: name -> an order, or a dict of an order's settings. Those that neither look at drawn tokens nor
+draw numbers may be named in a set EXACT: on the squares these are scored exactly, the others by counting. Its orders
+alone are scored, and printed below the rows of `entropy` and above those of `confidence` of samplers_squares.json.
 
-The model is that of runs/squares or runs/rectangles_grid (--out). On the squares exact marginals stand beside it. On
-the grid 169 tokens are filled in, with the left half of them hidden and with all; a completed grid is explained if some
-rectangle has just these tokens. Samplers that take tokens back (ReMDM, P2) are left out: they ask the model about
-states that no image agrees with, where exact marginals are not defined.
+On the squares all is hidden, or the right half of an image, and exact marginals stand beside the model. On the grid 169
+tokens are filled in, with the left half of them hidden and with all; a completed grid is explained if some rectangle
+has just these tokens. Samplers that take tokens back (ReMDM, P2) are left out: they ask the model about states that no
+image agrees with, where exact marginals are not defined.
 """
 
 import functools
 import itertools
+import json
 import math
 import runpy
 import sys
@@ -27,7 +29,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_rectangles
 import train_squares
-from benchmarks.pictures import save_curves
 from maskgit import (
     CommandLine,
     InputError,
@@ -168,7 +169,7 @@ EXACT = {"entropy", "halton", "entropy, each below", "entropy-bounded", "margin"
 
 
 def orders_of(path):
-    """ORDERS and EXACT, with those of a Python file, if any."""
+    """ORDERS and EXACT, or those of a Python file."""
     if not path:
         return ORDERS, EXACT
     try:
@@ -180,7 +181,7 @@ def orders_of(path):
         raise InputError(f"{path} gives no dict ORDERS: {type(error).__name__}: {error}") from None
     if unknown:
         raise InputError(f"{path} has {unknown} in EXACT, but not in ORDERS")
-    return ORDERS | orders, (EXACT - orders.keys()) | exact
+    return orders, exact
 
 
 def decodings(orders, many_steps):
@@ -199,6 +200,7 @@ def decodings(orders, many_steps):
 # The squares
 
 SQUARES_STEPS = (4, 8, 16, 32, 64)
+TABLE = Path(__file__).resolve().parents[1] / "results" / "samplers_squares.json"
 TURNS = tuple(itertools.product(range(4), (False, True)))
 
 
@@ -222,15 +224,15 @@ class TurnedModel:
         return (total / len(TURNS)).log().flatten(1, 2)
 
 
-def judge_on_squares(model, prior, device, orders, exact_orders):
-    """A row per input and decoding, with the exact posterior's marginals in the model's place, and with the model's;
-    and one with eight answers averaged for each."""
+def judge_on_squares(model, prior, device, orders, exact_orders, shown):
+    """A row for each of the inputs that are `shown` and each decoding, with the exact posterior's marginals in the
+    model's place, and with the model's."""
     rows = []
     inputs = train_squares.completion_inputs(prior)
     marginals = {"exact": train_squares.ExactModel(prior.to(device)), "model": model}
     draws = {"exact": train_squares.EXACT_DRAWS, "model": train_squares.MODEL_DRAWS}
     tried = decodings(orders, SQUARES_STEPS)
-    for given, (order, setting, options) in itertools.product(("nothing", "left half"), tried):
+    for given, (order, setting, options) in itertools.product(shown, tried):
         row = {"given": given, "order": order, "setting": setting}
         for name in marginals:
             start = (marginals[name], prior, inputs[given], device)
@@ -240,39 +242,64 @@ def judge_on_squares(model, prior, device, orders, exact_orders):
                 row[name] = train_squares.judge_counted(*start, draws[name], **options)
         rows.append(row)
         print(f"{given}, {order}, {setting}: {row['model']['valid']:.1%} valid", file=sys.stderr, flush=True)
-    averaged = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
-    for name in marginals:
-        start = (TurnedModel(marginals[name]), prior, inputs["nothing"], device)
-        averaged[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
-        averaged[name]["calls"] *= len(TURNS)
-        averaged[name]["most_calls"] *= len(TURNS)
-    return [*rows, averaged]
+    return rows
 
 
-def curves_of(rows, marginals):
-    """{order: (network calls, total variation)} of the orders with more than one setting."""
-    curves = {}
-    for order, each in itertools.groupby(rows, lambda row: row["order"]):
-        points = sorted((row[marginals]["calls"], row[marginals]["total_variation"]) for row in each)
-        if len(points) > 1:
-            curves[order] = zip(*points, strict=True)
-    return curves
+def judge_averaged(model, prior, device):
+    """A row of such with eight answers averaged for each."""
+    row = {"given": "nothing", "order": "entropy, 8 turns averaged", "setting": "budget 0.001"}
+    nothing = train_squares.completion_inputs(prior)["nothing"]
+    for name, each in {"exact": train_squares.ExactModel(prior.to(device)), "model": model}.items():
+        start = (TurnedModel(each), prior, nothing, device)
+        row[name] = train_squares.judge_followed(*start, order=by_entropy, steps=max(SQUARES_STEPS))
+        row[name]["calls"] *= len(TURNS)
+        row[name]["most_calls"] *= len(TURNS)
+    return row
 
 
 def run_on_squares(record, arguments, device):
     orders, exact_orders = orders_of(arguments.file)
     started = time.monotonic()
-    checkpoint = load_checkpoint(arguments.out / "model.pt", device)
+    checkpoint = load_checkpoint(arguments.checkpoint, device)
     prior = train_squares.all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
-    rows = judge_on_squares(checkpoint["model"], prior, device, orders, exact_orders)
-    from_nothing = [row for row in rows if row["given"] == "nothing"]
-    train_squares.print_completions(from_nothing)
+    start = checkpoint["model"], prior, device
+    if arguments.file:
+        rows = judge_on_squares(*start, orders, exact_orders, ["nothing"])
+        known = [row for row in json.loads(TABLE.read_text())["completions"] if row["given"] == "nothing"]
+        ours, papers = ([row for row in known if row["order"] == order] for order in ("entropy", "confidence"))
+        train_squares.print_completions(ours + rows + papers)
+    else:
+        rows = judge_on_squares(*start, orders, exact_orders, ["nothing", "left half"])
+        rows.append(judge_averaged(*start))
+        train_squares.print_completions([row for row in rows if row["given"] == "nothing"])
     if arguments.json:
         figures = {"completions": rows, "seconds": round(time.monotonic() - started)}
         write_figures(record, vars(arguments), figures, arguments.json)
-        plots = {f"Squares from nothing, {m} marginals": curves_of(from_nothing, m) for m in ("exact", "model")}
-        labels = {"x_label": "network calls per image", "y_label": "total variation from the uniform prior"}
-        save_curves(arguments.json.with_suffix(".png"), plots, **labels, log_x=True)
+
+
+PAINTED = {"entropy": "entropy (default)", "confidence": "confidence (paper)", "random": "random"}
+PAINTED |= {"halton": "Halton", "threshold": "Fast-dLLM", "KLASS": "KLASS"}
+
+
+def paint(rows, path):
+    """Total variation by calls, of the orders in PAINTED: a plot for exact marginals, one for the trained model."""
+    from matplotlib.figure import Figure  # nothing else needs it
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    titles = {"exact": "If each token's probabilities were exact", "model": "With the trained model"}
+    for axes, (marginals, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for i, (order, label) in enumerate(PAINTED.items()):
+            found = [row[marginals] for row in rows if (row["given"], row["order"]) == ("nothing", order)]
+            points = sorted((each["calls"], each["total_variation"]) for each in found)
+            axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", linewidth=1 + 2 * (i == 0))
+            side = {"xytext": (-8, -3), "ha": "right"} if order != "KLASS" else {"xytext": (8, 0)}  # the lines cross
+            axes.annotate(label, points[order == "KLASS"], color=f"C{i}", textcoords="offset points", **side)
+        axes.set(title=title, xlabel="network calls per image", xscale="log", xlim=(1.6, 72))
+        axes.set_xticks(SQUARES_STEPS, map(str, SQUARES_STEPS))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.supylabel("total variation from 126 equally likely squares")
+    figure.savefig(path)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -326,7 +353,7 @@ def judge_on_grid(tokens, test, tokenizer):
 def run_on_grid(record, arguments, device):
     rows = []
     orders, _ = orders_of(arguments.file)
-    checkpoint = load_checkpoint(arguments.out / "model.pt", device)
+    checkpoint = load_checkpoint(arguments.checkpoint, device)
     model = checkpoint["model"]
     tokenizer = checkpoint["tokenizer"]
     rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED, "grid")
@@ -355,12 +382,18 @@ def main():
     parser = CommandLine(__doc__)
     parser.add_argument("file", metavar="FILE", nargs="?", help="a Python file with a dict ORDERS of your own")
     parser.add_argument("--grid", action="store_true", help="on the rectangles' grid instead of the squares")
-    parser.add_argument("--out", type=Path, help="folder of the model's run")
+    parser.add_argument("--checkpoint", type=Path, help="results/squares.pt, or runs/rectangles_grid/model.pt")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="file for the figures; of the squares a plot lies beside it")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--draw", type=Path, metavar="JSON", help="only paint a picture from this file, beside it")
     arguments = parser.parse_args()
-    arguments.out = arguments.out or Path("runs/rectangles_grid" if arguments.grid else "runs/squares")
-    run = run_on_grid if arguments.grid else run_on_squares
+    if arguments.draw:
+        paint(json.loads(arguments.draw.read_text())["completions"], arguments.draw.with_suffix(".png"))
+        return
+    run, model = (run_on_squares, TABLE.parent / "squares.pt")
+    if arguments.grid:
+        run, model = (run_on_grid, Path("runs/rectangles_grid/model.pt"))
+    arguments.checkpoint = arguments.checkpoint or model
     run(record, arguments, pick_device(arguments.device))
 
 

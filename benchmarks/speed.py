@@ -4,18 +4,15 @@
 
 The plain one has separate q, k and v, an explicit softmax, float32, no dropout, and a logit for [MASK] too, and is
 scored on every position. They take turns, each in float32 and where it is fast in bf16: medians of three steps after
-one untimed, and of the rounds. Besides: images filled one at a time, as the reports do, and 64 at once; patches
-encoded; how long the scripts' --help takes.
+one untimed, and of the rounds. Besides: images filled one at a time, as the reports do, and 64 at once.
 """
 
 import functools
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from maskgit import (
     CommandLine,
     MaskGIT,
-    PatchTokenizer,
     at_least,
     decode,
     fast_precision,
@@ -39,7 +35,6 @@ from maskgit import (
     write_figures,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 # R1 and R2's sizes.
 SIDE = 16
 CODES = 1024
@@ -176,10 +171,6 @@ def images_per_second(model, tokens, coords, at_once, count):
     return count / median_seconds(decode_all, 1, device)
 
 
-def start_up(arguments):
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
-
-
 def main():
     record = run_record()
     parser = CommandLine(__doc__)
@@ -203,15 +194,6 @@ def main():
         figures["share_of_matrix_rate"][name] = work / seconds / rates[VARIANTS[name][1]]
     decoded = {f"{n} at a time": images_per_second(ours, tokens, coords, n, count) for n, count in ((1, 4), (64, 64))}
     figures["images decoded per second, 8 steps"] = decoded
-    images = np.random.default_rng(0).random((1000, 64, 64, 3), dtype=np.float32)
-    tokenizer = PatchTokenizer.fit(images[:100], CODES, 4, max_iter=3)
-    seconds = median_seconds(lambda: tokenizer.encode(images), arguments.rounds, device)
-    figures["encode"] = {"seconds": seconds, "megabytes_per_second": images.size / 1e6 / seconds}
-    if device.type == "cpu":
-        starts = [[f"{script}.py", "--help"] for script in ("train_squares", "train_rectangles", "inpaint", "fid")]
-        starts.append(["-c", "import torch"])
-        seconds = [median_seconds(functools.partial(start_up, start), arguments.rounds, device) for start in starts]
-        figures["start"] = dict(zip(map(" ".join, starts), seconds, strict=True))
     write_figures(record, vars(arguments), figures, arguments.json)
     for name, row in figures.items():
         print_table([name, ""], [[label, f"{value:.4g}"] for label, value in row.items()])

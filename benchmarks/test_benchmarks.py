@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ import inpaint
 import maskgit
 import train_rectangles
 import train_squares
-from benchmarks import ablation, filling, pictures, remedies, reproduce, samplers
+from benchmarks import ablation, filling, remedies, reproduce, samplers
 
 from test_maskgit import SMALL, SQUARES, TINY, TINY_CATS, call, committed_first, decode_from_nothing, readme_examples
 
@@ -97,30 +96,32 @@ def test_the_mean_of_eight_turns_turns_with_the_image():
 
 
 def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
-    """README's own among them; on the squares with a picture."""
+    """All of them, and README's own alone, between the rows of others that the table has."""
     small = {"ORDERS": {name: samplers.ORDERS[name] for name in ("entropy", "random")}, "SQUARES_STEPS": (2, 16)}
-    small |= {"GRID_STEPS": (2, 4), "GRID_DRAWS": 4, "GRID_PROPOSALS": 10, "save_curves": Mock()}
+    small |= {"GRID_STEPS": (2, 4), "GRID_DRAWS": 4, "GRID_PROPOSALS": 10}
     small |= {"explained": functools.partial(samplers.explained, proposals=20)}
     for name, value in small.items():
         monkeypatch.setattr(samplers, name, value)
     monkeypatch.chdir(tmp_path)
     assert call(train_squares, *TINY, "--steps", 2) == call(train_rectangles, *SMALL) == 0
-    Path("margin.py").write_text(readme_examples()[2])
-    command = re.search(r"python benchmarks/samplers.py (margin.py)", (ROOT / "README.md").read_text())[1].split()
+    Path("ask.py").write_text(readme_examples()[2])
+    command = re.search(r"python benchmarks/samplers.py (ask.py)", (ROOT / "README.md").read_text())[1].split()
+    options = ["--checkpoint", "runs/squares/model.pt", "--json", "found.json"]
     capsys.readouterr()
-    assert call(samplers, *command, "--json", "found.json") == 0
+    assert call(samplers, *command, *options) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["random"] * 2 + ["margin"] * 2 + ["entropy,"]
-    # 16 steps, one token each, are exact by exact marginals; beside them stands the untrained model.
-    assert re.search(r"margin +16 steps +nothing +100.0% +0.000 +0.000 +16.0 +0.0% +1.000", table[-3])
+    assert [line.split()[0] for line in table[1:]] == ["entropy"] * 5 + ["ask"] * 3 + ["confidence"] * 5
+    # By exact marginals one question at a time is exact; beside them stands the untrained model.
+    assert re.search(r"ask +sure 0.999 +nothing +100.0% +0.000 +0.000 +\d.\d +0.0% +1.000", table[8])
+    assert len(result("found", ".")["completions"]) == 3
+    assert call(samplers, *options) == 0
     rows = result("found", ".")["completions"]
-    assert len(rows) == len({(row["given"], row["order"], row["setting"]) for row in rows}) == 2 * (5 + 2 + 2) + 1
-    (path, plots), _ = samplers.save_curves.call_args
-    assert path == Path("found.png") and [*map(len, plots.values())] == [3, 3]
-    assert call(samplers, *command, "--grid", "--json", "found.json") == 0
-    rows = result("found", ".")["rows"]
-    assert len(rows) == len({(row["hidden"], row["order"], row["setting"]) for row in rows}) == 2 * (1 + 5 + 2 + 2)
-    assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
+    assert len(rows) == len({(row["given"], row["order"], row["setting"]) for row in rows}) == 2 * (5 + 2) + 1
+    for file, orders in (([], 5 + 2), (command, 3)):
+        assert call(samplers, *file, "--grid", "--json", "found.json") == 0
+        rows = result("found", ".")["rows"]
+        assert len(rows) == len({(row["hidden"], row["order"], row["setting"]) for row in rows}) == 2 * (1 + orders)
+        assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
 
 
 def test_files_without_orders_are_refused(tmp_path, capsys):
@@ -134,7 +135,6 @@ def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     """Each variant repairs what its name says; and no pair of similarities in [-1, 1] beats the cosine head's limit."""
     monkeypatch.setattr(train_squares, "VALIDATION_COUNT", 16)
     monkeypatch.setattr(ablation, "TEST_COUNT", 16)
-    monkeypatch.setattr(ablation, "save_curves", Mock())
     variants = ablation.variants()
     changed = {name: sum(ablation.S1_RECIPE[key] != value for key, value in v.items()) for name, v in variants.items()}
     assert changed["S1"] == 0 and changed["S1 + temperature"] == changed["S1 + linear head"] == 1
@@ -145,8 +145,6 @@ def test_the_ablation_on_a_small_scale(tmp_path, monkeypatch):
     assert ablation.cosine_head_limit(SQUARES, "cosine", 200) == pytest.approx(best, abs=1e-4)
     monkeypatch.setattr(ablation, "ALIKE", ablation.ALIKE | dict(dim=8, hidden=32, layers=1, batch_size=9))
     assert call(ablation, "--steps", 2, "--json", tmp_path / "found.json") == 0
-    (path, plots), _ = ablation.save_curves.call_args
-    assert path == tmp_path / "found.png" and [*map(len, plots.values())] == [9]
     assert len(result("found", tmp_path)["runs"]) == 3 * 9
 
 
@@ -180,7 +178,6 @@ def test_soft_targets_weigh_codes_by_distance():
 def test_remedies_on_a_small_scale(tmp_path, monkeypatch):
     monkeypatch.setattr(remedies, "RECIPE", remedies.RECIPE | dict(dim=16, batch_size=8, layers=1))
     monkeypatch.setattr(train_rectangles, "VALIDATION_COUNT", {"sparse": 20})
-    monkeypatch.setattr(remedies, "save_curves", Mock())
     tokenizer = train_rectangles.fit_tokenizer(0)
     monkeypatch.setattr(train_rectangles, "fit_tokenizer", lambda seed: tokenizer)
     small = ["--steps", 2, "--test-images", 8, "--proposals", 10]
@@ -188,8 +185,6 @@ def test_remedies_on_a_small_scale(tmp_path, monkeypatch):
     runs = result("found", tmp_path)["runs"]
     assert len(runs) == len({(row["variant"], row["seed"]) for row in runs}) == 2 * 4 * 3
     assert len({tuple(row["curve"]) for row in runs if row["seed"] == 0}) == 8  # each trains in a way of its own
-    (path, plots), _ = remedies.save_curves.call_args
-    assert path == tmp_path / "found.png" and [*map(len, plots.values())] == [8]
 
 
 def test_ways_to_fill_are_judged(tmp_path, capsys):
@@ -217,12 +212,15 @@ def test_ways_to_fill_are_judged(tmp_path, capsys):
     assert [row["way"] for row in result("larger", tmp_path)["rows"]] == ["likeliest, no grain", "likeliest"]
 
 
-def test_curves_become_a_picture(tmp_path):
+@pytest.mark.parametrize("script, name", [(samplers, "samplers_squares"), (ablation, "squares_ablation")])
+def test_pictures_are_drawn_from_a_json(script, name, tmp_path):
+    """They are those that README.md and the notebook show, and its figures stay."""
     pytest.importorskip("matplotlib")
-    curves = {f"curve {i}": ([1, 10], [i + 1, 0.5]) for i in range(12)}
-    labels = {"x_label": "x", "y_label": "y", "references": {"limit": 0.4}}
-    pictures.save_curves(tmp_path / "a.png", {"a": curves, "b": curves}, **labels, log_x=True, log_y=True)
-    assert Image.open(tmp_path / "a.png").size == (1600, 550)
+    shutil.copy(ROOT / "results" / f"{name}.json", tmp_path)
+    assert call(script, "--draw", tmp_path / f"{name}.json") == 0
+    drawn, shown = (np.asarray(Image.open(Path(folder, f"{name}.png"))) for folder in (tmp_path, ROOT / "results"))
+    assert drawn.shape == shown.shape and np.abs(drawn.astype(int) - shown).mean() < 2  # of 255: fonts may differ
+    assert result(name, tmp_path) == result(name)
 
 
 TOY = """
