@@ -908,7 +908,7 @@ def fill_files(inpainter, size, filling, arguments, seed):
         for i, file in enumerate(files):
             filled = fill_picture(inpainter, size, pixels, hole, filling, seed, i)
             write_result(file, picture, filled)
-    print(f"{len(pairs)} pictures filled: {arguments.out}")
+    print(f"pictures filled: {len(pairs)}, in {arguments.out}")
 
 
 # ---------------------------------------------------------------------------------------------------

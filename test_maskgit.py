@@ -1317,6 +1317,9 @@ SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
 FIXED = [*SMALL, "--task", "sparse", "--rectangles", "3", "--fixed-points"]
 
 
+AS_SHOWN = {"cosine+cosine+cosine+half": "as in training"}
+
+
 @pytest.mark.parametrize(
     ("script", "options", "scored"),
     [
@@ -1333,7 +1336,7 @@ def test_a_run_leaves_what_it_promises(script, options, scored, tmp_path, monkey
     arguments = [*options, "--steps", "4", "--out", out]
     assert call(script, *arguments, "--json", copy, *(["--weights", small] if squares else [])) == 0
     screen = capsys.readouterr().out
-    assert all(train_squares.TASKS.get(name, name) in screen for name in scored.split(", "))
+    assert all((train_squares.TASKS | AS_SHOWN).get(name, name) in screen for name in scored.split(", "))
     pictures = {"prior.png", "decode.gif"} if squares else {"rectangles.png", "centroids.png"}
     pictures |= {"loss.png", "samples.png"}
     assert {path.name for path in out.iterdir()} == {"model.pt", "log.csv", "metrics.json"} | pictures
@@ -1983,7 +1986,7 @@ def test_results_keep_what_was_visible(inpaint_run, tmp_path, capsys):
         assert not changed[visible[name]].any() and changed.any() == (not visible[name].all())
         assert "clear" not in name or not changed[..., -1].any()
     shown = capsys.readouterr().out
-    assert "10 pictures filled: " in shown
+    assert "pictures filled: 10, in " in shown
     assert re.search("(?s)all hole.*nothing is visible.*no hole.*there is no hole", shown)
 
 
@@ -2472,19 +2475,23 @@ def readme_examples():
 
 
 def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
-    """Word for word but for the steps, on a copy that ends before the scripts' part; it saves and resumes."""
-    examples = readme_examples()
-    assert len(examples) == 3 and len(examples[2].splitlines()) < 10
-    more = ["print(decode(model, torch.zeros(3, 16, dtype=torch.int64), hidden, coords, order=margin).view(3, 4, 4))"]
+    """Word for word but for the steps, on a copy that ends before the scripts' part; it saves and resumes. The first
+    prints the square that README.md shows, since the model comes along."""
+    draw, order, training = readme_examples()
+    more = ["options = dict(order=partial(ask, sure=0.99))"]
+    more += ["print(decode(model, torch.zeros(1, 16, dtype=torch.int64), hidden, coords, **options).view(4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     source = (HERE / "maskgit.py").read_text()
-    maskgit.save_checkpoint(tmp_path / "results" / "squares.pt", tiny_model(codes=2))
+    (tmp_path / "results").mkdir()
+    shutil.copy(HERE / "results" / "squares.pt", tmp_path / "results")
     (tmp_path / "maskgit.py").write_text(source[: source.index("# For the scripts")])
-    (tmp_path / "example.py").write_text("\n".join([*examples, *more]).replace("steps=300", "steps=30"))
+    (tmp_path / "example.py").write_text("\n".join([draw, order, training, *more]).replace("steps=300", "steps=30"))
     finished = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
-    assert len(re.findall(r"tensor\(\[\[\[[01],", finished.stdout)) == 3
+    first, *others = finished.stdout.split("tensor(")[1:]
+    assert f"```\ntensor({first}```" in (HERE / "README.md").read_text() and first.count("1") == 4
+    assert len(others) == 2 and all(re.match(r"\[\[[01], [01], [01], [01]\],", each) for each in others)
 
 
 @pytest.mark.parametrize("script", [train_squares, train_rectangles, inpaint])

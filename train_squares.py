@@ -373,7 +373,8 @@ def main():
 
     table = []
     for kind, row in tasks.items():
-        table.append([TASKS.get(kind, kind), f"{row['kl']:.5f}", f"{row['cross_entropy']:.4f}", f"{row['limit']:.4f}"])
+        name = TASKS.get(kind, "as in training")
+        table.append([name, f"{row['kl']:.5f}", f"{row['cross_entropy']:.4f}", f"{row['limit']:.4f}"])
         table[-1] += [f"{row['accuracy']:.2%}", f"{row['posterior_accuracy']:.2%}", REPORTS.get(kind, "")]
     maskgit.print_table(["task", "KL", "cross-entropy", "limit", "accuracy", "limit", "reported"], table)
     print_completions(completions)

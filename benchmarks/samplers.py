@@ -6,7 +6,8 @@
 
 FILE has a dict ORDERS: name -> an order, or a dict of an order's settings. Those that neither look at drawn tokens nor
 draw numbers may be named in a set EXACT: on the squares these are scored exactly, the others by counting. Its orders
-alone are scored, and printed below the rows of `entropy` and above those of `confidence` of samplers_squares.json.
+alone are scored, and printed between the rows of `entropy` and `confidence` that samplers_squares.json has of
+results/squares.pt.
 
 On the squares all is hidden, or the right half of an image, and exact marginals stand beside the model. On the grid 169
 tokens are filled in, with the left half of them hidden and with all; a completed grid is explained if some rectangle

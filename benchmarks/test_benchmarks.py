@@ -104,13 +104,13 @@ def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(samplers, name, value)
     monkeypatch.chdir(tmp_path)
     assert call(train_squares, *TINY, "--steps", 2) == call(train_rectangles, *SMALL) == 0
-    Path("ask.py").write_text(readme_examples()[2])
+    Path("ask.py").write_text(readme_examples()[1])
     command = re.search(r"python benchmarks/samplers.py (ask.py)", (ROOT / "README.md").read_text())[1].split()
     options = ["--checkpoint", "runs/squares/model.pt", "--json", "found.json"]
     capsys.readouterr()
     assert call(samplers, *command, *options) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:]] == ["entropy"] * 5 + ["ask"] * 3 + ["confidence"] * 5
+    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["ask"] * 3 + ["confidence"] * 5
     # By exact marginals one question at a time is exact; beside them stands the untrained model.
     assert re.search(r"ask +sure 0.999 +nothing +100.0% +0.000 +0.000 +\d.\d +0.0% +1.000", table[8])
     assert len(result("found", ".")["completions"]) == 3
@@ -304,43 +304,55 @@ def spread(digits, values, scale=1):
     return f"{scale * min(values):.{digits}f} to {scale * max(values):.{digits}f}"
 
 
-def score_cells(digits, row):
-    """Cross-entropy and accuracy, each with its limit in brackets."""
-    cross_entropy = f"{row['cross_entropy']:.{digits}f} ({row['limit']:.{digits}f})"
-    return cross_entropy, f"{row['accuracy']:.2%} ({row['posterior_accuracy']:.2%})".replace("%", " %")
-
-
 def test_figures_of_the_readme():
     """Each sentence and row as its JSONs give it."""
     readme = " ".join((ROOT / "README.md").read_text().split())
     squares = [result(f"squares{seed}") for seed in ("", "_seed1", "_seed2", "_seed3", "_seed4")]
     entropy, paper = ([run["completions"][i]["model"] for run in squares] for i in (0, -1))
     new, old = (sum(run["seconds"].values()) / 60 for run in (squares[0], result("squares_avx2")))
-    said = [f"toy in {new:.1f} minutes on two CPU cores with bf16, in {old:.1f} on two older ones without"]
-    for words, task in (("a random share", "cosine"), ("one", "single")):
-        said.append(" | ".join(["| " + words, *score_cells(4, squares[0]["tasks"][task])]))
-    said.append(f"at {spread(4, [run['tasks']['cosine']['kl'] for run in squares])} nats per hidden pixel (five seeds)")
-    said.append(f"{spread(1, [row['valid'] for row in paper], 100)} % of its images are squares")
-    said.append(f"{spread(1, [row['valid'] for row in entropy], 100)} % are, after")
-    said.append(f"after {spread(1, [row['calls'] for row in entropy])} calls")
-    said.append(f"from that is {spread(2, [row['total_variation'] for row in entropy])}")
-    longer = result("squares_3000")
-    variation, kl = longer["completions"][0]["model"]["total_variation"], longer["tasks"]["cosine"]["kl"]
-    said.append(f"twice the time, it is {variation:.2f}, and the KL {kl:.4f}")
-    sparse = [result(f"rectangles_sparse{seed}")["scores"] for seed in ("", "_seed1", "_seed2")]
-    for words, kind in (("6", "6 points"), ("24, as in training", "unseen rectangles"), ("96", "96 points")):
-        cross_entropy, accuracy = score_cells(3, sparse[0][kind])
-        ratios = ", ".join(f"{scores[kind]['ratio']:.3f}" for scores in sparse)
-        said.append(
-            f"| {words} | {cross_entropy} | {ratios} | {accuracy} | {100 * sparse[0][kind]['commonest']:.0f} % |"
+    task = squares[0]["tasks"]["cosine"]
+    said = [f"A run of {new:.1f} minutes on two CPU cores ends {100 * task['kl'] / task['limit']:.1f} % above it"]
+    said.append(f"in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply fast)")
+    said.append(f"fast), in {old:.1f} on two older ones")
+    said.append(f"made from nothing {100 * entropy[0]['valid']:.0f} % are valid, after {entropy[0]['calls']:.0f} calls")
+    said.append(f"filling {100 * paper[0]['valid']:.0f} % are, after {paper[0]['calls']:.0f}")
+    printed = [f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
+    said.append(" ".join(["cosine masking", *printed, f"{task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1:"]))
+    said.append(f"posterior has {printed[2]} nats per hidden pixel, and we have {printed[1]}")
+    said.append(f"KL of five seeds is {spread(4, [run['tasks']['cosine']['kl'] for run in squares])}")
+    said.append(f"{task['accuracy']:.2%} are right (limit: {task['posterior_accuracy']:.2%})".replace("%", " %"))
+    orders = [row for row in result("samplers_squares")["completions"] if row["given"] == "nothing"]
+    for words, order, setting in (
+        ("`entropy`", "entropy", "budget 0.001"),
+        ("`confidence`: [the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
+        ("`random`", "random", "16 steps"),
+        ("evenly spread points", "halton", "16 steps"),
+        ("a probability of 0.95", "threshold", "probability 0.95"),
+        ("those above 0.99 that a call did not change", "KLASS", "probability 0.99"),
+    ):
+        row = next(row for row in orders if (row["order"], row["setting"]) == (order, setting))
+        cells = [f"{row[name]['calls']:.1f} | {100 * row[name]['valid']:.1f} %" for name in ("exact", "model")]
+        said.append(" | ".join([words, *cells, ""]).strip())
+    sparse = result("rectangles_sparse")["scores"]["unseen rectangles"]
+    said.append(
+        f"{sparse['accuracy']:.2%} of the hidden tokens are right (limit: {sparse['posterior_accuracy']:.2%})".replace(
+            "%", " %"
         )
+    )
     ways = {way: way for way in ("OpenCV, Telea", "OpenCV, Navier-Stokes", "OpenCV, shift map")}
-    ways |= {"the model": "as set, no grain", "with grain": "as set", "the true tokens, with grain": "true tokens"}
+    ways |= {"the model, without grain": "as set, no grain", "the model": "as set"}
+    ways |= {"the true tokens, which no model can beat": "true tokens"}
     runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
+    distances = {}
     for words, way in ways.items():
         rows = [[row for row in run if row["way"] == way and row["holes"] == "thick"] for run in runs]
         means = [np.mean([[row["psnr"], row["frechet"]] for row in each], axis=0) for each in rows]
         said.append(" | ".join(["| " + words, *("{:.1f} | {:.3f}".format(*each) for each in means)]))
+        distances[way] = means[1][1]
+    opencv = min(distance for way, distance in distances.items() if "OpenCV" in way)
+    said.append(f"they have {distances['as set']:.2f}, and the best of OpenCV's three methods {opencv:.2f}")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
     said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
+    for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
+        assert abs(len((ROOT / script).read_text().splitlines()) / int(lines.replace(",", "")) - 1) < 0.02
     assert [each for each in said if each not in readme] == []
