@@ -1723,7 +1723,7 @@ def test_an_inpaint_run_leaves_what_it_promises(inpaint_run):
 
 def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, capsys):
     """Broken off, it resumes to the very same weights, also from moved pictures, but not from others; finished, it is
-    scored again, with other options."""
+    scored again, with other options. It is trained on as many pictures as it is told."""
 
     def stop_in_step_2(*arguments, update=maskgit.update):
         if arguments[-1] == 1:
@@ -1734,7 +1734,7 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
     cats.mkdir()
     for i, cat in enumerate(inpaint.cartoon_cats(150, 20)):
         Image.fromarray(cat).save(cats / f"{i}.png")
-    options = [*TINY_CATS, "--data"]
+    options = [*TINY_CATS, "--training-images", 40, "--data"]
     with monkeypatch.context() as patch:
         patch.setattr(inpaint, "score", Mock(side_effect=OSError))
         assert call(inpaint, *options, cats, "--out", once) == 2
@@ -1755,6 +1755,7 @@ def test_a_run_on_a_folder_resumes_and_is_scored_anew(tmp_path, monkeypatch, cap
         assert (saved(once)["tokenizer"].centroids == saved(twice)["tokenizer"].centroids).all()
         painters = [saved(run)["extra"] for run in (once, twice)]
         assert all(torch.equal(painters[0][name], painters[1][name]) for name in painters[0])
+    assert json.loads((twice / "metrics.json").read_text())["pictures"]["training"] == 40
 
 
 def test_training_batches(monkeypatch):
@@ -2045,6 +2046,24 @@ def test_the_fillers_that_come_along():
     given = inpaint.with_holes(cats, "brush", inpaint.TEST_SEED)
     found = inpaint.psnr(*given, inpaint.fill(inpainter, *given, inpaint.Filling()))
     assert found == pytest.approx(figures["scores"]["brush"]["dB, test"], abs=1)
+
+
+def test_the_examples_that_come_along(tmp_path):
+    """README's commands fill them; what it shows is near the truth, in the hole alone."""
+    examples = HERE / "results" / "examples"
+    for model, name in (("photographs", "chelsea"), ("cats", "two_cats")):
+        folder = examples / model
+        files = ["--images", folder, "--masks", folder, "--out", tmp_path / model]
+        assert call(inpaint, "--checkpoint", HERE / "results" / f"{model}.pt", *files) == 0
+        hole = inpaint.read_mask(folder / f"{name}_mask.png", False)
+        paths = folder / f"{name}.png", examples / f"{name}_truth.png", HERE / "results" / f"{name}_filled.png"
+        given, truth, shown, filled = (
+            np.asarray(Image.open(path)) for path in (*paths, tmp_path / model / paths[0].name)
+        )
+        assert (given[hole] == inpaint.GREY).all() and (given == truth)[~hole].all() and (shown == truth)[~hole].all()
+        assert (filled == truth)[~hole].all()
+        for picture in (shown, filled):
+            assert inpaint.psnr(truth[None], hole[None], picture[None]) > 18
 
 
 def test_filling_overwrites_nothing_and_leaves_nothing_half(inpaint_run, tmp_path, monkeypatch, capsys):
@@ -2478,8 +2497,7 @@ def test_readme_examples_run_on_a_copy_of_maskgit(tmp_path):
     """Word for word but for the steps, on a copy that ends before the scripts' part; it saves and resumes. The first
     prints the square that README.md shows, since the model comes along."""
     draw, order, training = readme_examples()
-    more = ["options = dict(order=partial(ask, sure=0.99))"]
-    more += ["print(decode(model, torch.zeros(1, 16, dtype=torch.int64), hidden, coords, **options).view(4, 4))"]
+    more = ["print(decode(model, torch.zeros(1, 16).long(), torch.ones(1, 16).bool(), coords, order=ask).view(4, 4))"]
     more += [f'train(model, batch, Recipe(steps=5), out="run", resume={resume})' for resume in (False, True)]
     more.append('import sys; assert "PIL" not in sys.modules, "a copy carries no imports of the scripts"')
     source = (HERE / "maskgit.py").read_text()

@@ -110,14 +110,14 @@ def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert call(samplers, *command, *options) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["ask"] * 3 + ["confidence"] * 5
+    assert [line.split()[0] for line in table[1:-1]] == ["entropy"] * 5 + ["ask"] * 2 + ["confidence"] * 5
     # By exact marginals one question at a time is exact; beside them stands the untrained model.
-    assert re.search(r"ask +sure 0.999 +nothing +100.0% +0.000 +0.000 +\d.\d +0.0% +1.000", table[8])
-    assert len(result("found", ".")["completions"]) == 3
+    assert re.search(r"ask +16 steps +nothing +100.0% +0.000 +0.000 +\d.\d +0.0% +1.000", table[7])
+    assert len(result("found", ".")["completions"]) == 2
     assert call(samplers, *options) == 0
     rows = result("found", ".")["completions"]
     assert len(rows) == len({(row["given"], row["order"], row["setting"]) for row in rows}) == 2 * (5 + 2) + 1
-    for file, orders in (([], 5 + 2), (command, 3)):
+    for file, orders in (([], 5 + 2), (command, 2)):
         assert call(samplers, *file, "--grid", "--json", "found.json") == 0
         rows = result("found", ".")["rows"]
         assert len(rows) == len({(row["hidden"], row["order"], row["setting"]) for row in rows}) == 2 * (1 + orders)
@@ -304,55 +304,68 @@ def spread(digits, values, scale=1):
     return f"{scale * min(values):.{digits}f} to {scale * max(values):.{digits}f}"
 
 
+def percent(share, digits=2):
+    return f"{100 * share:.{digits}f} %"
+
+
 def test_figures_of_the_readme():
     """Each sentence and row as its JSONs give it."""
     readme = " ".join((ROOT / "README.md").read_text().split())
     squares = [result(f"squares{seed}") for seed in ("", "_seed1", "_seed2", "_seed3", "_seed4")]
-    entropy, paper = ([run["completions"][i]["model"] for run in squares] for i in (0, -1))
+    entropy, paper = (squares[0]["completions"][i]["model"] for i in (0, -1))
     new, old = (sum(run["seconds"].values()) / 60 for run in (squares[0], result("squares_avx2")))
     task = squares[0]["tasks"]["cosine"]
-    said = [f"A run of {new:.1f} minutes on two CPU cores ends {100 * task['kl'] / task['limit']:.1f} % above it"]
-    said.append(f"in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply fast)")
-    said.append(f"fast), in {old:.1f} on two older ones")
-    said.append(f"made from nothing {100 * entropy[0]['valid']:.0f} % are valid, after {entropy[0]['calls']:.0f} calls")
-    said.append(f"filling {100 * paper[0]['valid']:.0f} % are, after {paper[0]['calls']:.0f}")
-    printed = [f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"]
-    said.append(" ".join(["cosine masking", *printed, f"{task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1:"]))
-    said.append(f"posterior has {printed[2]} nats per hidden pixel, and we have {printed[1]}")
-    said.append(f"KL of five seeds is {spread(4, [run['tasks']['cosine']['kl'] for run in squares])}")
-    said.append(f"{task['accuracy']:.2%} are right (limit: {task['posterior_accuracy']:.2%})".replace("%", " %"))
-    orders = [row for row in result("samplers_squares")["completions"] if row["given"] == "nothing"]
-    for words, order, setting in (
+    said = [f"A run of {new:.1f} minutes on two CPU cores ends {percent(task['kl'] / task['limit'], 1)} above it"]
+    said.append(f"else in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply")
+    said.append(f"multiply fast), in {old:.1f} on two older ones")
+    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images show a valid square")
+    said.append(f"square after {entropy['calls']:.0f} calls of the network")
+    said.append(f"of filling {percent(paper['valid'], 0)} do, after {paper['calls']:.0f}")
+    kl, loss, limit = f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"
+    said.append(f"masking {kl} {loss} {limit} {task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1: does")
+    said.append(f"posterior has {limit} nats per hidden pixel, and we have {loss}")
+    said.append(f"KL of five seeds: {spread(4, [run['tasks']['cosine']['kl'] for run in squares])}")
+    right = {"S1": [], "S1 + positions": []}
+    for run in result("squares_ablation")["runs"]:
+        right.get(run["variant"], []).append(run["accuracy"])
+    before, after = map(np.mean, right.values())
+    said.append(f"{percent(after, 1)} of the pixels are right instead of {percent(before, 1)}")
+    orders = {
+        (row["order"], row["setting"]): row
+        for row in result("samplers_squares")["completions"]
+        if row["given"] == "nothing"
+    }
+    for words, *name in (
         ("`entropy`", "entropy", "budget 0.001"),
-        ("`confidence`: [the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
+        ("[the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
         ("`random`", "random", "16 steps"),
-        ("evenly spread points", "halton", "16 steps"),
+        ("evenly spread over the image", "halton", "16 steps"),
         ("a probability of 0.95", "threshold", "probability 0.95"),
-        ("those above 0.99 that a call did not change", "KLASS", "probability 0.99"),
+        ("likewise 0.99, and little changed by the last call", "KLASS", "probability 0.99"),
     ):
-        row = next(row for row in orders if (row["order"], row["setting"]) == (order, setting))
-        cells = [f"{row[name]['calls']:.1f} | {100 * row[name]['valid']:.1f} %" for name in ("exact", "model")]
-        said.append(" | ".join([words, *cells, ""]).strip())
+        row = orders[tuple(name)]
+        cells = [percent(row["exact"]["valid"], 1), percent(row["model"]["valid"], 1), f"{row['model']['calls']:.1f}"]
+        said.append(" | ".join([words, *cells]))
     sparse = result("rectangles_sparse")["scores"]["unseen rectangles"]
-    said.append(
-        f"{sparse['accuracy']:.2%} of the hidden tokens are right (limit: {sparse['posterior_accuracy']:.2%})".replace(
-            "%", " %"
-        )
-    )
-    ways = {way: way for way in ("OpenCV, Telea", "OpenCV, Navier-Stokes", "OpenCV, shift map")}
-    ways |= {"the model, without grain": "as set, no grain", "the model": "as set"}
-    ways |= {"the true tokens, which no model can beat": "true tokens"}
+    said.append(f"finds {percent(sparse['accuracy'])} of the hidden tokens")
+    said.append(f"and the posterior {percent(sparse['posterior_accuracy'])}")
+    ways = {"OpenCV, Telea": None, "OpenCV, Navier-Stokes": "OpenCV's best, Navier-Stokes", "OpenCV, shift map": None}
+    ways |= {
+        "as set, no grain": "the model, without grain",
+        "as set": "the model",
+        "true tokens": "the true tokens, painted likewise",
+    }
     runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
     distances = {}
-    for words, way in ways.items():
+    for way, words in ways.items():
         rows = [[row for row in run if row["way"] == way and row["holes"] == "thick"] for run in runs]
         means = [np.mean([[row["psnr"], row["frechet"]] for row in each], axis=0) for each in rows]
-        said.append(" | ".join(["| " + words, *("{:.1f} | {:.3f}".format(*each) for each in means)]))
         distances[way] = means[1][1]
+        said += [" | ".join([words, *("{:.1f} | {:.3f}".format(*each) for each in means)])] if words else []
     opencv = min(distance for way, distance in distances.items() if "OpenCV" in way)
-    said.append(f"they have {distances['as set']:.2f}, and the best of OpenCV's three methods {opencv:.2f}")
+    said.append(f"At a distance of {distances['as set']:.2f} from real ones; by OpenCV {opencv:.2f} or more")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
-    said.append(f"score {many['fid']:.1f} with 2,148 on each side, and {few['fid']:.1f} with 100")
+    said.append(f"{many['fid']:.1f} between two of 2,148 photographs, and {few['fid']:.1f} between two of 100")
     for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
         assert abs(len((ROOT / script).read_text().splitlines()) / int(lines.replace(",", "")) - 1) < 0.02
     assert [each for each in said if each not in readme] == []
