@@ -318,9 +318,8 @@ def test_figures_of_the_readme():
     said = [f"A run of {new:.1f} minutes on two CPU cores ends {percent(task['kl'] / task['limit'], 1)} above it"]
     said.append(f"else in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply")
     said.append(f"multiply fast), in {old:.1f} on two older ones")
-    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images show a valid square")
-    said.append(f"square after {entropy['calls']:.0f} calls of the network")
-    said.append(f"of filling {percent(paper['valid'], 0)} do, after {paper['calls']:.0f}")
+    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images are valid squares after {entropy['calls']:.0f} calls")
+    said.append(f"order {percent(paper['valid'], 0)}, after {paper['calls']:.0f}")
     kl, loss, limit = f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"
     said.append(f"masking {kl} {loss} {limit} {task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1: does")
     said.append(f"posterior has {limit} nats per hidden pixel, and we have {loss}")
@@ -340,20 +339,20 @@ def test_figures_of_the_readme():
         ("[the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
         ("`random`", "random", "16 steps"),
         ("evenly spread over the image", "halton", "16 steps"),
-        ("a probability of 0.95", "threshold", "probability 0.95"),
+        ("code has at least 0.95", "threshold", "probability 0.95"),
         ("likewise 0.99, and little changed by the last call", "KLASS", "probability 0.99"),
     ):
         row = orders[tuple(name)]
         cells = [percent(row["exact"]["valid"], 1), percent(row["model"]["valid"], 1), f"{row['model']['calls']:.1f}"]
         said.append(" | ".join([words, *cells]))
     sparse = result("rectangles_sparse")["scores"]["unseen rectangles"]
-    said.append(f"finds {percent(sparse['accuracy'])} of the hidden tokens")
-    said.append(f"and the posterior {percent(sparse['posterior_accuracy'])}")
+    found = f"finds {percent(sparse['accuracy'])} of the hidden tokens"
+    said.append(f"{found}, the posterior {percent(sparse['posterior_accuracy'])}")
     ways = {"OpenCV, Telea": None, "OpenCV, Navier-Stokes": "OpenCV's best, Navier-Stokes", "OpenCV, shift map": None}
     ways |= {
         "as set, no grain": "the model, without grain",
         "as set": "the model",
-        "true tokens": "the true tokens, painted likewise",
+        "true tokens": "the best that these tokens allow",
     }
     runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
     distances = {}
@@ -363,9 +362,9 @@ def test_figures_of_the_readme():
         distances[way] = means[1][1]
         said += [" | ".join([words, *("{:.1f} | {:.3f}".format(*each) for each in means)])] if words else []
     opencv = min(distance for way, distance in distances.items() if "OpenCV" in way)
-    said.append(f"At a distance of {distances['as set']:.2f} from real ones; by OpenCV {opencv:.2f} or more")
+    said.append(f"from real ones (0 is best): {distances['as set']:.2f}; by OpenCV {opencv:.2f} or more")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
-    said.append(f"{many['fid']:.1f} between two of 2,148 photographs, and {few['fid']:.1f} between two of 100")
+    said.append(f"{few['fid']:.1f} between two of 100 photographs, {many['fid']:.1f} between two of 2,148")
     for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
         assert abs(len((ROOT / script).read_text().splitlines()) / int(lines.replace(",", "")) - 1) < 0.02
     assert [each for each in said if each not in readme] == []
