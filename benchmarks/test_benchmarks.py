@@ -124,6 +124,14 @@ def test_orders_on_both_fields(tmp_path, monkeypatch, capsys):
         assert all(0 <= row["explained"] <= 1 and row["calls"] <= 4 for row in rows)
 
 
+def test_readme_shows_what_its_order_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(samplers, "SQUARES_STEPS", (64,))
+    (tmp_path / "ask.py").write_text(readme_examples()[1])
+    assert call(samplers, tmp_path / "ask.py") == 0
+    shown = re.search("(completions .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(shown.splitlines()) == 3 and set(shown.splitlines()) <= set(capsys.readouterr().out.splitlines())
+
+
 def test_files_without_orders_are_refused(tmp_path, capsys):
     for text in ("in the way", "A = 1", "ORDERS = {}\nEXACT = {'mine'}"):
         (tmp_path / "file.py").write_text(text)
@@ -318,7 +326,8 @@ def test_figures_of_the_readme():
     said = [f"A run of {new:.1f} minutes on two CPU cores ends {percent(task['kl'] / task['limit'], 1)} above it"]
     said.append(f"else in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply")
     said.append(f"multiply fast), in {old:.1f} on two older ones")
-    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images are valid squares after {entropy['calls']:.0f} calls")
+    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images are valid squares")
+    said.append(f"squares after {entropy['calls']:.0f} calls")
     said.append(f"order {percent(paper['valid'], 0)}, after {paper['calls']:.0f}")
     kl, loss, limit = f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"
     said.append(f"masking {kl} {loss} {limit} {task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1: does")
@@ -329,11 +338,8 @@ def test_figures_of_the_readme():
         right.get(run["variant"], []).append(run["accuracy"])
     before, after = map(np.mean, right.values())
     said.append(f"{percent(after, 1)} of the pixels are right instead of {percent(before, 1)}")
-    orders = {
-        (row["order"], row["setting"]): row
-        for row in result("samplers_squares")["completions"]
-        if row["given"] == "nothing"
-    }
+    completions = [row for row in result("samplers_squares")["completions"] if row["given"] == "nothing"]
+    orders = {(row["order"], row["setting"]): row for row in completions}
     for words, *name in (
         ("`entropy`", "entropy", "budget 0.001"),
         ("[the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
@@ -348,12 +354,9 @@ def test_figures_of_the_readme():
     sparse = result("rectangles_sparse")["scores"]["unseen rectangles"]
     found = f"finds {percent(sparse['accuracy'])} of the hidden tokens"
     said.append(f"{found}, the posterior {percent(sparse['posterior_accuracy'])}")
-    ways = {"OpenCV, Telea": None, "OpenCV, Navier-Stokes": "OpenCV's best, Navier-Stokes", "OpenCV, shift map": None}
-    ways |= {
-        "as set, no grain": "the model, without grain",
-        "as set": "the model",
-        "true tokens": "the best that these tokens allow",
-    }
+    ways = {"OpenCV, Telea": "", "OpenCV, Navier-Stokes": "OpenCV's best, Navier-Stokes", "OpenCV, shift map": ""}
+    ways |= {"as set, no grain": "the model, without grain", "as set": "the model"}
+    ways |= {"true tokens": "the best that these tokens allow"}
     runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
     distances = {}
     for way, words in ways.items():
@@ -362,7 +365,8 @@ def test_figures_of_the_readme():
         distances[way] = means[1][1]
         said += [" | ".join([words, *("{:.1f} | {:.3f}".format(*each) for each in means)])] if words else []
     opencv = min(distance for way, distance in distances.items() if "OpenCV" in way)
-    said.append(f"from real ones (0 is best): {distances['as set']:.2f}; by OpenCV {opencv:.2f} or more")
+    said.append(f"from real ones (0 is best), at 64x64: {distances['as set']:.2f}; by OpenCV {opencv:.2f} or more")
+    said.append(f"holes in them, in {result('inpaint')['seconds']['trained'] / 60:.0f} minutes on one")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
     said.append(f"{few['fid']:.1f} between two of 100 photographs, {many['fid']:.1f} between two of 2,148")
     for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
