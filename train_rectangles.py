@@ -340,7 +340,7 @@ def save_pictures(out, recipe, tokenizer, history, limit):
     curves = {"training batches": (steps, [row["loss"] for row in history])}
     curves["unseen, a fifth hidden"] = (steps, [row["unseen"] for row in history])
     curves["posterior, likewise"] = (steps, [limit] * len(steps))
-    labels = dict(title="Rectangles: loss, and on unseen ones", y_label="cross-entropy, nats per hidden token")
+    labels = dict(title="Rectangles: loss", y_label="cross-entropy, nats per hidden token")
     maskgit.line_plot(curves, **labels).save(out / "loss.png")
 
 

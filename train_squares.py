@@ -309,7 +309,7 @@ def paint_loss(history, limit):
     curves = {"training batches": (steps, [row["loss"] for row in history])}
     curves["unseen masks"] = (steps, [row["cross_entropy"] for row in history])
     curves["posterior, unseen masks"] = (steps, [limit] * len(steps))
-    labels = dict(title="Squares: loss, and on unseen masks", y_label="cross-entropy, nats per hidden pixel")
+    labels = dict(title="Squares: loss", y_label="cross-entropy, nats per hidden pixel")
     return maskgit.line_plot(curves, **labels)
 
 
