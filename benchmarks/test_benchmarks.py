@@ -323,12 +323,12 @@ def test_figures_of_the_readme():
     entropy, paper = (squares[0]["completions"][i]["model"] for i in (0, -1))
     new, old = (sum(run["seconds"].values()) / 60 for run in (squares[0], result("squares_avx2")))
     task = squares[0]["tasks"]["cosine"]
-    said = [f"A run of {new:.1f} minutes on two CPU cores ends {percent(task['kl'] / task['limit'], 1)} above it"]
+    said = [f"A run of {new:.1f} minutes (two CPU cores) ends {percent(task['kl'] / task['limit'], 1)} above it"]
     said.append(f"else in {new:.1f} minutes on two CPU cores with bf16 (short numbers that newer processors multiply")
     said.append(f"multiply fast), in {old:.1f} on two older ones")
-    said.append(f"From nothing, {percent(entropy['valid'], 0)} of the toy's images are valid squares")
+    said.append(f"With nothing visible, {percent(entropy['valid'], 0)} of the toy's images are valid squares")
     said.append(f"squares after {entropy['calls']:.0f} calls")
-    said.append(f"order {percent(paper['valid'], 0)}, after {paper['calls']:.0f}")
+    said.append(f"as in the paper, {percent(paper['valid'], 0)} after {paper['calls']:.0f}")
     kl, loss, limit = f"{task['kl']:.5f}", f"{task['cross_entropy']:.4f}", f"{task['limit']:.4f}"
     said.append(f"masking {kl} {loss} {limit} {task['accuracy']:.2%} {task['posterior_accuracy']:.2%} S1: does")
     said.append(f"posterior has {limit} nats per hidden pixel, and we have {loss}")
@@ -345,8 +345,8 @@ def test_figures_of_the_readme():
         ("[the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
         ("`random`", "random", "16 steps"),
         ("evenly spread over the image", "halton", "16 steps"),
-        ("code has at least 0.95", "threshold", "probability 0.95"),
-        ("likewise 0.99, and little changed by the last call", "KLASS", "probability 0.99"),
+        ("a code of probability 0.95 or more", "threshold", "probability 0.95"),
+        ("likewise 0.99, and little changed since the last call", "KLASS", "probability 0.99"),
     ):
         row = orders[tuple(name)]
         cells = [percent(row["exact"]["valid"], 1), percent(row["model"]["valid"], 1), f"{row['model']['calls']:.1f}"]
@@ -368,7 +368,7 @@ def test_figures_of_the_readme():
     said.append(f"from real ones (0 is best), at 64x64: {distances['as set']:.2f}; by OpenCV {opencv:.2f} or more")
     said.append(f"holes in them, in {result('inpaint')['seconds']['trained'] / 60:.0f} minutes on one")
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
-    said.append(f"{few['fid']:.1f} between two of 100 photographs, {many['fid']:.1f} between two of 2,148")
+    said.append(f"{few['fid']:.1f} between two sets of 100, {many['fid']:.1f} of 2,148")
     for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
         assert abs(len((ROOT / script).read_text().splitlines()) / int(lines.replace(",", "")) - 1) < 0.02
     assert [each for each in said if each not in readme] == []
