@@ -341,7 +341,7 @@ def test_figures_of_the_readme():
     completions = [row for row in result("samplers_squares")["completions"] if row["given"] == "nothing"]
     orders = {(row["order"], row["setting"]): row for row in completions}
     for words, *name in (
-        ("`entropy`", "entropy", "budget 0.001"),
+        (f"calls (by default 20: {percent(entropy['valid'], 1)})", "entropy", "budget 0.001"),
         ("[the paper's](https://arxiv.org/abs/2202.04200)", "confidence", "16 steps"),
         ("`random`", "random", "16 steps"),
         ("evenly spread over the image", "halton", "16 steps"),
