@@ -258,12 +258,12 @@ def judge_averaged(model, prior, device):
     return row
 
 
-def run_on_squares(record, arguments, device):
+def run_on_squares(record, arguments, checkpoint):
     orders, exact_orders = orders_of(arguments.file)
     started = time.monotonic()
-    checkpoint = load_checkpoint(arguments.checkpoint, device)
     prior = train_squares.all_squares(*(checkpoint["config"][name] for name in ("grid", "min_side", "max_side")))
-    start = checkpoint["model"], prior, device
+    model = checkpoint["model"]
+    start = model, prior, next(model.parameters()).device
     if arguments.file:
         rows = judge_on_squares(*start, orders, exact_orders, ["nothing"])
         known = [row for row in json.loads(TABLE.read_text())["completions"] if row["given"] == "nothing"]
@@ -351,10 +351,9 @@ def judge_on_grid(tokens, test, tokenizer):
     return {"explained": float(explained(tokens, tokenizer).mean()), "error": float(error)}
 
 
-def run_on_grid(record, arguments, device):
+def run_on_grid(record, arguments, checkpoint):
     rows = []
     orders, _ = orders_of(arguments.file)
-    checkpoint = load_checkpoint(arguments.checkpoint, device)
     model = checkpoint["model"]
     tokenizer = checkpoint["tokenizer"]
     rectangles = train_rectangles.draw_rectangles(GRID_DRAWS, train_rectangles.TEST_SEED, "grid")
@@ -391,11 +390,9 @@ def main():
     if arguments.draw:
         paint(json.loads(arguments.draw.read_text())["completions"], arguments.draw.with_suffix(".png"))
         return
-    run, model = (run_on_squares, TABLE.parent / "squares.pt")
-    if arguments.grid:
-        run, model = (run_on_grid, Path("runs/rectangles_grid/model.pt"))
-    arguments.checkpoint = arguments.checkpoint or model
-    run(record, arguments, pick_device(arguments.device))
+    checkpoint = Path("runs/rectangles_grid/model.pt") if arguments.grid else TABLE.with_name("squares.pt")
+    run = run_on_grid if arguments.grid else run_on_squares
+    run(record, arguments, load_checkpoint(arguments.checkpoint or checkpoint, pick_device(arguments.device)))
 
 
 if __name__ == "__main__":
