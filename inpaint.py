@@ -584,7 +584,7 @@ def membrane(values, holes, sweeps=4):
 
 class Painter(nn.Module):
     """Corrects decoded pictures by what tokens do not say: what is visible, and where the hole is. What they are off by
-    at the rim of the hole is continued into it as a membrane. Residual convolutions are added, some of them with a wide
+    at the rim of the hole is interpolated smoothly into it. Residual convolutions are added, some of them with a wide
     view, on a grid of a quarter of the side; the last one starts at zero."""
 
     def __init__(self, width=48, far_width=64):

@@ -1,4 +1,4 @@
-"""Makes figures again, and compares them: a JSON in results/ holds the command that wrote it.
+"""Computes numbers again, and compares them: a JSON in results/ holds the command that wrote it.
 
     python benchmarks/reproduce.py --list                        all of them: commit, minutes, which code has changed
     python benchmarks/reproduce.py inpaint_cats64 filling_cats64 --photographs DIR           these again, in order
