@@ -24,7 +24,7 @@ BLACK = 0
 WHITE = 1
 MASK_ID = 2
 TASKS = {"cosine": "cosine masking", "single": "one masked pixel", "0.2": "20 % masked"}
-REPORTS = {"cosine": "S1: does not converge", "single": "S2: essentially perfect", "0.2": "S2: solved"}
+REPORTS = {"cosine": "S1: does not seem to work", "single": "S2: essentially perfect", "0.2": "S2: solved"}
 
 
 @dataclass(frozen=True)
