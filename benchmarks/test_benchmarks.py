@@ -361,7 +361,7 @@ def test_figures_of_the_readme():
     ways = {"OpenCV, Telea": "", "OpenCV, Navier-Stokes": "OpenCV's best, Navier-Stokes", "OpenCV, shift map": ""}
     ways |= {"as set, no grain": "the model, without grain", "as set": "the model"}
     ways |= {"true tokens": "the best that these tokens allow"}
-    runs = [result(f"filling_{name}")["rows"] + result(f"opencv_{name}")["rows"] for name in ("cats", "cats64")]
+    runs = [result(f"filling_{name}")["rows"] for name in ("cats", "cats64")]
     distances = {}
     for way, words in ways.items():
         rows = [[row for row in run if row["way"] == way and row["holes"] == "thick"] for run in runs]
