@@ -371,6 +371,8 @@ def test_figures_of_the_readme():
     opencv = min(distance for way, distance in distances.items() if "OpenCV" in way)
     said.append(f"from real ones (0 is best), at 64x64: {distances['as set']:.2f}; OpenCV: {opencv:.2f} or more")
     said.append(f"holes in them, in {result('inpaint')['seconds']['trained'] / 60:.0f} minutes on one")
+    fewer = [result(f"inpaint_cats64_{count}")["scores"]["thick"]["dB, test"] for count in (500, 2000, 7001)]
+    said.append("bring {:.1f}, {:.1f} and {:.1f} dB".format(*fewer))
     few, many = result("fid")["few_images"][0], result("fid")["agreement"][-1]
     said.append(f"{few['fid']:.1f} between two sets of 100 photographs, {many['fid']:.1f} of 2,148 each")
     for script, lines in re.findall(r"`(\w+\.py)` \(([\d,]+)(?: lines)?\)", readme):
