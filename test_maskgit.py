@@ -1317,6 +1317,17 @@ SMALL += ["--test-images", "8", "--proposals", "10", "--device", "cpu"]
 FIXED = [*SMALL, "--task", "sparse", "--rectangles", "3", "--fixed-points"]
 
 
+def test_the_squares_that_come_along():
+    """They are the default run's, of which squares.json is, and near the posterior."""
+    path = HERE / "results" / "squares.pt"
+    figures = json.loads(path.with_suffix(".json").read_text())
+    assert figures["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    checkpoint = maskgit.load_checkpoint(path)
+    assert checkpoint["training"] is None and path.stat().st_size < 1_000_000
+    kl = train_squares.score(checkpoint["model"], SQUARES, "cosine", 1024, seed=7)["kl"]
+    assert 0.7 < kl / figures["tasks"]["cosine"]["kl"] < 1.4
+
+
 AS_SHOWN = {"cosine+cosine+cosine+half": "as in training"}
 
 
